@@ -1,0 +1,48 @@
+# Every target that needs the package creates .venv first, if there is none, with the pinned, tested versions. It is
+# installed again only when pyproject.toml or constraints.txt has changed since. To use another interpreter:
+#     make install PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+empty :=
+space := $(empty) $(empty)
+
+# pip splits these two at blanks, so the path goes in as a URL. They reach the installs that pip itself starts to build
+# a package: older versions of pip read the first one there, newer ones the second.
+export PIP_CONSTRAINT := file://$(subst $(space),%20,$(CURDIR))/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+
+.PHONY: help install quickstart test test-slow lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## Say what each target does.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## Create .venv and install the package with pinned, tested versions.
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP) ## Fit PCA, pre-train, probe and save a small l-DAE: no downloads, about 4 minutes on 2 cores.
+	$(RUN) examples/quickstart.py
+
+test: $(STAMP) ## Run the tests that take seconds; those that read data sets need LDAE_DATA to name their folder.
+	$(RUN) -m pytest -q
+
+test-slow: $(STAMP) ## Run the tests that take minutes.
+	$(RUN) -m pytest -q -m slow
+
+lint: $(STAMP) ## Check the code with ruff.
+	$(RUN) -m ruff check .
+
+bench: $(STAMP) ## Run the side-by-side measurements in benchmarks/.
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) "$$script" || exit 1; done
+
+clean: ## Remove build products and caches; .venv and runs stay.
+	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

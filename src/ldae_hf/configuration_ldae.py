@@ -1,0 +1,205 @@
+"""The configuration of l-DAE (arXiv 2401.14404): the four keys of the path, the sizes, and which of them go together."""
+
+from difflib import get_close_matches
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+# Width, blocks of encoder and decoder, heads. The decoder always has the encoder's size. "half_l" is the paper's
+# ViT-1/2L: the first 12 of DiT-L's 24 blocks are its encoder (section 4). The others are for desks, not in the paper.
+SIZES = {
+    name: dict(
+        hidden_size=width, num_hidden_layers=blocks, decoder_num_hidden_layers=blocks, num_attention_heads=heads
+    )
+    for name, width, blocks, heads in (
+        ("l", 1024, 24, 16),
+        ("half_l", 1024, 12, 16),
+        ("b", 768, 12, 12),
+        ("desk_l", 256, 12, 4),
+        ("desk_half_l", 256, 6, 4),
+        ("desk_b", 192, 6, 3),
+        ("cpu_l", 128, 6, 4),
+        ("cpu_half_l", 128, 3, 4),
+        ("cpu_b", 96, 3, 3),
+        ("quickstart", 128, 2, 4),
+    )
+}
+
+# The four keys of the path, each with its values in the order in which the paper takes them.
+TOKENIZERS = ("patch_pca",)
+NOISE_SCHEDULES = ("ddpm_linear", "linear_gamma_squared", "linear_sigma", "single_level")
+INPUT_SPACES = ("latent", "pixel")
+PREDICTION_TARGETS = ("noise", "latent", "reconstruction", "image")
+LATENT_SCALINGS = ("global", "whiten", "none")
+
+# (input_space, prediction_target) -> the tokenizers for which the pair is defined. Every noise schedule goes with
+# every row. A network that sees latents answers in latents; image targets need the image input.
+LEGAL_COMBINATIONS = {
+    ("latent", "noise"): ("patch_pca",),
+    ("latent", "latent"): ("patch_pca",),
+    ("pixel", "noise"): ("patch_pca",),
+    ("pixel", "latent"): ("patch_pca",),
+    ("pixel", "reconstruction"): ("patch_pca",),
+    ("pixel", "image"): ("patch_pca",),
+}
+
+# What transformers itself writes into a config.json, or passes to a configuration, beside the declared fields.
+_TRANSFORMERS_KEYS = frozenset(
+    "_attn_implementation _commit_hash _name_or_path attn_implementation auto_map custom_pipelines "
+    "experts_implementation model_type name_or_path num_labels output_attentions per_layer_config "
+    "quantization_config tie_last_hidden_states torch_dtype".split()
+)
+
+
+@strict
+class LDAEConfig(PreTrainedConfig):
+    r"""Configuration of [`LDAEModel`] and its heads. The defaults are the paper's final method (ViT-1/2L, K = 32).
+
+    Args:
+        image_size (`int`): side of the training images in pixels, a multiple of `patch_size`.
+        patch_size (`int`): side of a patch in pixels.
+        num_channels (`int`): colour channels.
+        hidden_size (`int`): width D of the transformer, a multiple of 4 and of `num_attention_heads`.
+        num_hidden_layers (`int`): blocks of the encoder.
+        decoder_num_hidden_layers (`int`): blocks of the decoder (the paper: as many as the encoder).
+        num_attention_heads (`int`): attention heads.
+        mlp_ratio (`float`): width of a block's MLP over `hidden_size`.
+        hidden_act (`str`): activation of the MLPs.
+        layer_norm_eps (`float`): epsilon of every layer normalisation.
+        conditioning_hidden_size (`int`, `None` or `"quarter"`): hidden width of each block's MLP on the timestep;
+            `"quarter"` (Appendix A) becomes `hidden_size // 4`, `None` is DiT's single linear layer.
+        tokenizer (`str`): image to tokens and back, one of `TOKENIZERS`.
+        noise_schedule (`str`): the (gamma_t, sigma_t) table, one of `NOISE_SCHEDULES` (Eq. 1).
+        input_space (`str`): `"latent"` (noisy latents) or `"pixel"` (the image they decode to).
+        prediction_target (`str`): `"noise"`, `"latent"`, `"reconstruction"` or `"image"` (Eq. 4).
+        latent_dim (`int`): K, latent values per token, in 1 ... patch_size² · num_channels.
+        latent_scaling (`str`): `"global"` (mean latent variance 1), `"whiten"` (each 1) or `"none"`.
+        residual_weight (`float`): weight of the loss outside the K latent directions (Eq. 4: 0.1).
+        num_train_timesteps (`int`): noise levels T; `single_level` has one, whatever this says.
+        feature_timestep (`int`): timestep at which features are taken; default 10, and 0 for `single_level`.
+        processor_fingerprint (`str`): sha256 of the PCA basis in the weights; set by `model.set_processor`.
+
+    Raises:
+        ValueError: an unknown key, a value out of range, or keys that contradict each other.
+    """
+
+    model_type = "ldae"
+
+    image_size: int = 256
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_size: int = 1024
+    num_hidden_layers: int = 12
+    decoder_num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    mlp_ratio: float | int = 4
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float | int = 1e-6
+    conditioning_hidden_size: int | str | None = "quarter"
+    tokenizer: str = "patch_pca"
+    noise_schedule: str = "linear_sigma"
+    input_space: str = "pixel"
+    prediction_target: str = "image"
+    latent_dim: int = 32
+    latent_scaling: str = "global"
+    residual_weight: float | int = 0.1
+    num_train_timesteps: int = 1000
+    feature_timestep: int | None = None
+    processor_fingerprint: str | None = None
+
+    def __post_init__(self, **kwargs):
+        known = set(self.__dataclass_fields__) | _TRANSFORMERS_KEYS
+        for key in kwargs:
+            if key not in known:
+                near = get_close_matches(key, self.__dataclass_fields__, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise ValueError(f"LDAEConfig has no key {key!r}{hint}")
+        if self.conditioning_hidden_size == "quarter":
+            self.conditioning_hidden_size = max(1, self.hidden_size // 4)
+        if self.feature_timestep is None:
+            self.feature_timestep = 0 if self.noise_schedule == "single_level" else 10
+        super().__post_init__(**kwargs)
+
+    @property
+    def patch_dim(self) -> int:
+        """P, the values of one patch."""
+        return self.patch_size**2 * self.num_channels
+
+    @property
+    def num_patches(self) -> int:
+        """N, the tokens of a training image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of a block's MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def num_noise_levels(self) -> int:
+        """Length of the noise schedule's table: timesteps run from 0 to this minus 1."""
+        return 1 if self.noise_schedule == "single_level" else self.num_train_timesteps
+
+    def validate_values(self):
+        """Each value by itself: one of its names, or in its range."""
+        for key, values in (
+            ("tokenizer", TOKENIZERS),
+            ("noise_schedule", NOISE_SCHEDULES),
+            ("input_space", INPUT_SPACES),
+            ("prediction_target", PREDICTION_TARGETS),
+            ("latent_scaling", LATENT_SCALINGS),
+        ):
+            if getattr(self, key) not in values:
+                raise ValueError(f"{key}={getattr(self, key)!r} is not one of {', '.join(values)}.")
+        for key in (
+            "image_size",
+            "patch_size",
+            "num_channels",
+            "hidden_size",
+            "num_hidden_layers",
+            "decoder_num_hidden_layers",
+            "num_attention_heads",
+            "mlp_ratio",
+            "latent_dim",
+            "num_train_timesteps",
+        ):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be positive.")
+        if not 0 <= self.residual_weight <= 1:
+            raise ValueError(f"residual_weight={self.residual_weight} must lie in 0 ... 1.")
+        hidden = self.conditioning_hidden_size
+        if isinstance(hidden, str) or (hidden is not None and hidden <= 0):
+            raise ValueError(f"conditioning_hidden_size={hidden!r} must be a positive integer, None or 'quarter'.")
+
+    def validate_pairs(self):
+        """The values together: nothing contradicts."""
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}.")
+        if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 4 (2-D positions) and of "
+                f"num_attention_heads={self.num_attention_heads}."
+            )
+        if self.latent_dim > self.patch_dim:
+            raise ValueError(
+                f"latent_dim={self.latent_dim} exceeds the {self.patch_dim} values of a "
+                f"{self.patch_size}x{self.patch_size}x{self.num_channels} patch."
+            )
+        pair = (self.input_space, self.prediction_target)
+        if self.tokenizer not in LEGAL_COMBINATIONS.get(pair, ()):
+            legal = ", ".join(
+                f"{space}+{target}" for (space, target), names in LEGAL_COMBINATIONS.items() if self.tokenizer in names
+            )
+            raise ValueError(
+                f"input_space={pair[0]!r} with prediction_target={pair[1]!r} is not defined for "
+                f"tokenizer={self.tokenizer!r}; choose one of {legal}."
+            )
+        if not 0 <= self.feature_timestep < self.num_noise_levels:
+            raise ValueError(
+                f"feature_timestep={self.feature_timestep} must lie in 0 ... {self.num_noise_levels - 1} "
+                f"for noise_schedule={self.noise_schedule!r}."
+            )
+
+
+__all__ = ["LDAEConfig", "SIZES"]

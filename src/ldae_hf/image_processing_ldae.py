@@ -1,0 +1,550 @@
+"""Images to `pixel_values`, and the PCA tokenizer of l-DAE as an image processor: fit, encode, decode, save, load."""
+
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils.hub import resolve_revision
+
+from .patch_covariance import PatchBasis, PatchCovariance
+from .patch_tokenizers import dct_basis, latent_scales, patchify, unpatchify
+
+
+BASIS_NAME = "patch_pca.safetensors"
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "img", "png")
+LATENT_SCALINGS = ("global", "whiten", "none")
+# What transformers writes into preprocessor_config.json besides the arguments of the class.
+_METADATA = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "transformers_version"}
+
+
+def read_image(data: bytes, max_pixels: int = 89_478_485) -> Image.Image:
+    """Decodes an image file to 8-bit RGB, after reading its size from the header: a 10 kB file can hold 265 MB.
+
+    Args:
+        data: the bytes of a file in any format that Pillow reads.
+        max_pixels: refuse more than so many; the default is the size from which Pillow warns.
+
+    Raises:
+        ValueError: the bytes are empty, unreadable or truncated, or hold too many pixels; the message says which.
+    """
+    if not data:
+        raise ValueError("The image file is empty.")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"The image has too many pixels: {error}") from error
+    # Pillow's readers raise whatever a broken file leads them to: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise ValueError("The image file is unreadable: Pillow knows no such format.") from error
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"The image has too many pixels: {image.width}x{image.height} is more than {max_pixels}.")
+    try:
+        image.load()
+        return to_rgb(image)
+    except Exception as error:
+        raise ValueError(f"The image file cannot be decoded: {error}") from error
+
+
+def to_rgb(
+    image: Image.Image | np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None = None
+) -> Image.Image:
+    """The one way from any image to 8-bit RGB.
+
+    EXIF orientation is applied; of an animation the first frame counts; alpha is laid over white; palettes, CMYK and
+    other colour spaces are converted, ICC profiles ignored. 16-bit values, and PIL's 32-bit "I" which holds such, are
+    divided by 257 and rounded; floats, PIL's "F" too, are taken as 0...1; other integers as 0...255.
+
+    Args:
+        image: PIL image, or array or tensor (H,W), (H,W,C) or (C,H,W) with 1, 3 or 4 channels.
+        input_data_format: "channels_first" or "channels_last" for arrays; read off the shape by default.
+
+    Raises:
+        ValueError: the type or shape is none of these, or values are NaN or out of range.
+    """
+    if not isinstance(image, Image.Image):
+        image = _image_from_array(image, input_data_format)
+    if image.tell() != 0:
+        image.seek(0)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_uint8(np.asarray(image), 65535 if image.mode == "I" else 255))
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _image_from_array(image: np.ndarray | torch.Tensor, input_data_format: str | ChannelDimension | None):
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        # NumPy has no bfloat16.
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"An image must be a PIL image, an array, a tensor or bytes, not {type(image).__name__}.")
+    if image.ndim == 2:
+        image = image[..., None]
+    elif image.ndim != 3 or not {1, 3, 4} & {image.shape[0], image.shape[2]}:
+        raise ValueError(f"An array must be (H,W), (C,H,W) or (H,W,C) with 1, 3 or 4 channels, not {image.shape}.")
+    elif ChannelDimension(input_data_format or infer_channel_dimension_format(image, (1, 3, 4))) == "channels_first":
+        image = image.transpose(1, 2, 0)
+    if image.size == 0 or image.shape[2] not in (1, 3, 4):
+        raise ValueError(f"The image has {image.shape[0]}x{image.shape[1]} pixels and {image.shape[2]} channels.")
+    return Image.fromarray(_to_uint8(image[..., 0] if image.shape[2] == 1 else image))
+
+
+def _to_uint8(values: np.ndarray, largest_integer: int = 255) -> np.ndarray:
+    kind, itemsize = values.dtype.kind, values.dtype.itemsize
+    if values.dtype == np.uint8:
+        return values
+    if kind == "b":
+        return values.astype(np.uint8) * 255
+    if kind == "f":
+        # Written so that NaN fails it too.
+        if not np.all((values >= 0) & (values <= 1)):
+            raise ValueError("A floating-point image must have values in 0...1 without NaN; rescale or clip it.")
+        return np.rint(values * 255).astype(np.uint8)
+    if kind not in "iu":
+        raise ValueError(f"An image cannot have the dtype {values.dtype}; use uint8, or floats in 0...1.")
+    if (kind, itemsize) == ("u", 2):
+        largest_integer = 65535
+    if values.min() < 0 or values.max() > largest_integer:
+        raise ValueError(f"An image of dtype {values.dtype} must have values in 0...{largest_integer}; rescale it.")
+    return (values if largest_integer == 255 else (values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def centre_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, upper, right, lower) of the largest centred square, in pixels."""
+    side = min(width, height)
+    left, upper = (width - side) // 2, (height - side) // 2
+    return left, upper, left + side, upper + side
+
+
+def resize_crop(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Cuts `box` out of an RGB image and resizes it, bicubic with antialias, in one step: uint8 (C,size,size)."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1).copy()
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    """Single images from nested lists and from arrays (B,...) with four dimensions."""
+    if isinstance(images, (list, tuple)):
+        for image in images:
+            yield from _flatten(image)
+    elif getattr(images, "ndim", 0) == 4:
+        yield from images
+    else:
+        yield images
+
+
+def _open_image(image: Any) -> Any:
+    """A PIL image, array or tensor from itself, from bytes, from {"bytes", "path"} or from a row of a dataset."""
+    if isinstance(image, Mapping):
+        if "bytes" in image:
+            data = image["bytes"]
+            return read_image(Path(image["path"]).read_bytes() if data is None else data)
+        column = next((name for name in IMAGE_COLUMNS if name in image), None)
+        if column is None:
+            raise ValueError(
+                f"None of the columns {', '.join(image)} is named {', '.join(IMAGE_COLUMNS)}; rename the image column."
+            )
+        return _open_image(image[column])
+    return read_image(image) if isinstance(image, bytes) else image
+
+
+class LDAEImageProcessor(BaseImageProcessor):
+    """Images of any kind to normalised `pixel_values`, and by patch-wise PCA to latents and back (PAPER section 8).
+
+    The centre square is cut out and resized (bicubic, antialias) to `image_size`; pixels become
+    (x / 255 - image_mean) / image_std, [-1, 1] by default. Patches run row by row, each in (channel, row, column)
+    order. Before `fit` the basis is a DCT, the mean 0 and every variance 1; a fitted basis is kept in
+    `patch_pca.safetensors` beside `preprocessor_config.json`. One PIL-based class serves every backend.
+
+    Args:
+        image_size: pixels per side of `pixel_values`, a multiple of `patch_size`.
+        patch_size: pixels per side of a patch; P = 3 * patch_size**2.
+        latent_dim: K, latent values per patch, 1...P.
+        latent_scaling: "global" (one factor: mean variance 1), "whiten" (each variance 1) or "none".
+        image_mean: of the three channels, in units of 0...1.
+        image_std: of the three channels, in the same units.
+
+    Raises:
+        ValueError: a value is out of range, or the patch does not divide the image.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        patch_size: int = 16,
+        latent_dim: int = 32,
+        latent_scaling: str = "global",
+        image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
+    ):
+        super().__init__()
+        for name, value in {"patch_size": patch_size, "latent_dim": latent_dim}.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}.")
+        self.patch_size = patch_size
+        self.image_size = self._check_image_size(image_size)
+        if latent_dim > self.patch_dim:
+            raise ValueError(f"latent_dim={latent_dim} is more than the {self.patch_dim} values of a patch.")
+        if latent_scaling not in LATENT_SCALINGS:
+            raise ValueError(f"latent_scaling must be one of {', '.join(LATENT_SCALINGS)}, not {latent_scaling!r}.")
+        for name, values in {"image_mean": image_mean, "image_std": image_std}.items():
+            numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+            if not numbers or len(values) != 3 or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} must hold three finite numbers, not {values!r}.")
+        if min(image_std) <= 0:
+            raise ValueError(f"image_std must be positive, not {image_std!r}.")
+        self.latent_dim = latent_dim
+        self.latent_scaling = latent_scaling
+        self.image_mean = [float(value) for value in image_mean]
+        self.image_std = [float(value) for value in image_std]
+        self._basis = None
+
+    def _check_image_size(self, image_size: int) -> int:
+        if type(image_size) is not int or image_size < 1 or image_size % self.patch_size:
+            raise ValueError(f"image_size={image_size!r} is not a positive multiple of patch_size={self.patch_size}.")
+        return image_size
+
+    # -- Images -> pixel_values ---------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> dict[str, int]:
+        """`image_size` in the form in which other image processors state it."""
+        return {"height": self.image_size, "width": self.image_size}
+
+    def preprocess(
+        self,
+        images: Any,
+        image_size: int | None = None,
+        do_normalize: bool = True,
+        input_data_format: str | ChannelDimension | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Images to {"pixel_values": (B,C,H,W) float32}; this is what calling the processor does.
+
+        Args:
+            images: one image or any nesting of lists: PIL, array or tensor (see `to_rgb`), array (B,...), file bytes,
+                or a row of a dataset.
+            image_size: another size than the processor's, for once.
+            do_normalize: False leaves the pixels in 0...1.
+            input_data_format: "channels_first" or "channels_last", for arrays whose shape does not tell.
+            return_tensors: "pt" or "np"; by default NumPy.
+
+        Raises:
+            ValueError: there is no image, or one cannot be read; the message gives its position.
+        """
+        pixels = torch.from_numpy(self.crop(images, image_size, input_data_format))
+        pixel_values = self.normalize_pixels(pixels) if do_normalize else pixels / 255
+        return BatchFeature({"pixel_values": pixel_values.numpy()}, tensor_type=return_tensors)
+
+    def crop(
+        self,
+        images: Any,
+        image_size: int | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+    ) -> np.ndarray:
+        """Images (as `preprocess` takes them) to their centre squares (B,C,H,W) in uint8."""
+        size = self.image_size if image_size is None else self._check_image_size(image_size)
+        crops = [self._crop(image, index, size, input_data_format) for index, image in enumerate(_flatten(images))]
+        if not crops:
+            raise ValueError("There is no image in the input; give at least one.")
+        return np.stack(crops)
+
+    def _crop(self, image: Any, index: int, size: int, input_data_format: str | ChannelDimension | None = None):
+        try:
+            image = to_rgb(_open_image(image), input_data_format)
+        except ValueError as error:
+            raise ValueError(f"Image {index} of the input: {error}") from error
+        return resize_crop(image, size, centre_box(*image.size))
+
+    def normalize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B,C,H,W) grey levels 0...255 to normalised float32, on the device of `pixels`."""
+        mean = torch.tensor(self.image_mean, device=pixels.device)[:, None, None]
+        std = torch.tensor(self.image_std, device=pixels.device)[:, None, None]
+        return (pixels.to(torch.float32) / 255 - mean) / std
+
+    # -- The PCA basis ------------------------------------------------------------------------------------------------
+
+    @property
+    def patch_dim(self) -> int:
+        """P, the values of a patch."""
+        return 3 * self.patch_size**2
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patches (tokens) of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the basis comes from images; before that it is a DCT."""
+        return self._basis is not None
+
+    @property
+    def basis(self) -> PatchBasis:
+        """Components, mean and explained variance in float64, in units of normalised pixels."""
+        if self._basis is not None:
+            return self._basis
+        components = dct_basis(self.patch_size, 3)
+        return PatchBasis(components, torch.zeros_like(components[0]), torch.ones_like(components[0]))
+
+    @property
+    def components(self) -> torch.Tensor:
+        """(P,P) float64, one direction per row, by falling variance: V_full."""
+        return self.basis.components
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(P,) float64, the mean patch in normalised pixels: μ."""
+        return self.basis.mean
+
+    @property
+    def explained_variance(self) -> torch.Tensor:
+        """(P,) float64, the variance along each direction in squared normalised pixels: ω."""
+        return self.basis.explained_variance
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """(K,) float64, the factors s on the latents; all equal but for "whiten"."""
+        return latent_scales(self.explained_variance, self.latent_dim, self.latent_scaling)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of patch size and normalisation, and of mean, variance and components in float32."""
+        header = f"patch_pca patch_size={self.patch_size} image_mean={self.image_mean} image_std={self.image_std} "
+        digest = sha256(header.encode())
+        for tensor in (self.mean, self.explained_variance, self.components):
+            digest.update(tensor.numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def fit(
+        self, images: Iterable[Any], num_patches: int = 1_000_000, seed: int = 0, progress: bool = True
+    ) -> "LDAEImageProcessor":
+        """Fits the PCA to patches of the images' centre squares, in one pass and bounded memory.
+
+        Every patch is kept with the probability num_patches / (images * N), drawn from the seed and the crop's own
+        bytes: the result does not depend on the order of the images, nor on who sees which.
+
+        Args:
+            images: a Hugging Face dataset or any iterable; rows are images as `preprocess` takes them. All patches of
+                an iterable without a length are used.
+            num_patches: how many patches to use, about; all when there are fewer.
+            seed: chooses them.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: an image is unreadable; there are too few patches, all are equal, or they vary in fewer than
+                `latent_dim` directions.
+        """
+        total = len(images) if hasattr(images, "__len__") else None
+        probability = 1.0 if total is None else self.patch_probability(total, num_patches)
+        covariance = PatchCovariance(self.patch_dim)
+        bar = tqdm(images, total=total, desc="Patch PCA", unit=" images", disable=not progress)
+        for index, image in enumerate(bar):
+            self.accumulate(covariance, self._crop(image, index, self.image_size)[None], probability, seed)
+        return self.set_basis(covariance)
+
+    def patch_probability(self, num_images: int, num_patches: int = 1_000_000) -> float:
+        """The probability with which to keep a patch of so many images, to keep about `num_patches` in all."""
+        return min(1.0, num_patches / max(1, num_images * self.num_patches))
+
+    def accumulate(
+        self, covariance: PatchCovariance, crops: np.ndarray | torch.Tensor, probability: float = 1.0, seed: int = 0
+    ) -> PatchCovariance:
+        """Adds the patches of uint8 crops (B,C,H,W) to a covariance, each with the given probability.
+
+        Processes call this on their shards, merge the covariances in any order and call `set_basis`: bit for bit what
+        `fit` gives on all images.
+        """
+        crops = torch.as_tensor(crops).cpu()
+        patches = patchify(crops, self.patch_size)
+        if probability < 1:
+            patches = patches[torch.stack([self._draw(crop, patches.shape[1], probability, seed) for crop in crops])]
+        return covariance.update(patches.reshape(-1, self.patch_dim))
+
+    @staticmethod
+    def _draw(crop: torch.Tensor, num_patches: int, probability: float, seed: int) -> torch.Tensor:
+        digest = sha256(f"{seed} ".encode() + crop.numpy().tobytes()).digest()
+        # RandomState: the generator whose stream NumPy promises never to change.
+        draws = np.random.RandomState(np.frombuffer(digest, dtype="<u4")).random_sample(num_patches)
+        return torch.from_numpy(draws < probability)
+
+    def set_basis(self, covariance: PatchCovariance) -> "LDAEImageProcessor":
+        """Takes the PCA of uint8 patches seen by `covariance` as basis, in units of normalised pixels.
+
+        Raises:
+            ValueError: there are too few patches, all are equal, or they vary in fewer than `latent_dim` directions.
+        """
+        std = torch.tensor(self.image_std, dtype=torch.float64).repeat_interleave(self.patch_size**2)
+        mean = torch.tensor(self.image_mean, dtype=torch.float64).repeat_interleave(self.patch_size**2)
+        self._basis = self._check_basis(covariance.principal_components(scale=1 / (255 * std), offset=-mean / std))
+        return self
+
+    def _check_basis(self, basis: PatchBasis) -> PatchBasis:
+        if not all(torch.isfinite(tensor).all() for tensor in basis):
+            raise ValueError("The PCA basis holds values that are not finite; fit the processor again.")
+        # Below this an eigenvalue of a float64 matrix is rounding.
+        floor = basis.explained_variance.max() * self.patch_dim * torch.finfo(torch.float64).eps
+        rank = int((basis.explained_variance > floor).sum())
+        if rank < self.latent_dim:
+            raise ValueError(
+                f"The patches vary in {rank} directions only, fewer than latent_dim={self.latent_dim}; give images "
+                "with more content or choose a smaller latent_dim."
+            )
+        return basis
+
+    def encode(self, images: Any) -> torch.Tensor:
+        """Images (as `preprocess` takes them) to latents z = s V (p - μ), (B,N,K) float32."""
+        pixel_values = self(images, return_tensors="pt")["pixel_values"]
+        patches = patchify(pixel_values, self.patch_size) - self.mean.float()
+        return F.linear(patches, self.components[: self.latent_dim].float()) * self.scale.float()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B,N,K) to images μ + Vᵀ z / s, (B,C,H,W) float32 in normalised pixels, not clipped.
+
+        Raises:
+            ValueError: the latents have another shape.
+        """
+        if latents.ndim != 3 or tuple(latents.shape[1:]) != (self.num_patches, self.latent_dim):
+            raise ValueError(
+                f"Latents must have the shape (B, {self.num_patches}, {self.latent_dim}), not {tuple(latents.shape)}."
+            )
+        latents = latents.to(torch.float32)
+        mean, scale, components = (
+            tensor.to(latents) for tensor in (self.mean, self.scale, self.components[: self.latent_dim])
+        )
+        side = self.image_size // self.patch_size
+        return unpatchify(mean + F.linear(latents / scale, components.T), self.patch_size, (side, side))
+
+    # -- Saving and loading -------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `preprocessor_config.json` holds: the arguments of the class and, once fitted, the fingerprint."""
+        output = super().to_dict()
+        output.pop("_basis", None)
+        return {**output, "fingerprint": self.fingerprint} if self.fitted else output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Writes `preprocessor_config.json` and, once fitted, `patch_pca.safetensors`; both are pushed if asked."""
+        save_directory = Path(save_directory)
+        files = super().save_pretrained(save_directory, **kwargs)
+        if self.fitted:
+            files.append(str(save_directory / BASIS_NAME))
+            save_file(self._basis._asdict(), files[-1])
+        # Here and not in the base class, which would upload before the basis is written.
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", save_directory.name), **kwargs)
+        return files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str = "main",
+        return_unused_kwargs: bool = False,
+        **kwargs,
+    ):
+        """Loads a saved processor from a folder or the Hub; arguments of the class override what was saved.
+
+        Raises:
+            ValueError: the configuration holds unknown keys, or the basis is missing, damaged or not the one that the
+                configuration names.
+            TypeError: a keyword is unknown (with `return_unused_kwargs` such ones are returned instead).
+        """
+        where = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "subfolder")
+        where = {name: kwargs[name] for name in where if name in kwargs}
+        # Resolved once, so that both files come from one commit.
+        where["revision"] = resolve_revision(
+            pretrained_model_name_or_path,
+            revision,
+            **{name: where[name] for name in ("token", "local_files_only", "cache_dir") if name in where},
+        )
+        # A pipeline hands the model's keywords to every part of it.
+        ignore_unknown = return_unused_kwargs or "_from_pipeline" in kwargs
+        config, kwargs = cls.get_image_processor_dict(pretrained_model_name_or_path, **{**kwargs, **where})
+        fingerprint = config.pop("fingerprint", None)
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
+        built = cls.from_dict(config, return_unused_kwargs=ignore_unknown, **kwargs)
+        processor, unused = built if ignore_unknown else (built, {})
+        if fingerprint is not None:
+            folder = Path(pretrained_model_name_or_path)
+            folder = folder.parent if folder.is_file() else pretrained_model_name_or_path
+            file = cached_file(folder, BASIS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+            if file is None:
+                raise ValueError(
+                    f"{IMAGE_PROCESSOR_NAME} in {folder} tells of a fitted PCA, but {BASIS_NAME} is not beside it; "
+                    "copy both files or save the processor again."
+                )
+            processor._load_basis(file, fingerprint)
+        return (processor, unused) if return_unused_kwargs else processor
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+        """Builds a processor without fitted basis from what `to_dict` gave; keywords override.
+
+        Raises:
+            ValueError: a key is unknown, or the dictionary is a fitted processor's, whose basis it does not hold.
+            TypeError: a keyword is unknown (with `return_unused_kwargs` such ones are returned instead).
+        """
+        names = ("image_size", "patch_size", "latent_dim", "latent_scaling", "image_mean", "image_std")
+        if "fingerprint" in image_processor_dict:
+            raise ValueError("A fitted processor's dictionary does not hold its basis; use from_pretrained.")
+        if unknown := image_processor_dict.keys() - _METADATA - set(names):
+            raise ValueError(
+                f"{IMAGE_PROCESSOR_NAME} holds {', '.join(sorted(unknown))}, which {cls.__name__} does not know; "
+                "remove it or load the folder with the class that saved it."
+            )
+        stated = {**image_processor_dict, **kwargs}
+        processor = cls(**{name: stated[name] for name in names if name in stated})
+        unused = {name: value for name, value in kwargs.items() if name not in names}
+        if return_unused_kwargs:
+            return processor, unused
+        if unused:
+            raise TypeError(f"{cls.__name__} does not take {', '.join(unused)}.")
+        return processor
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "LDAEImageProcessor":
+        """Loads from the path of a `preprocessor_config.json`, with the basis beside it."""
+        return cls.from_pretrained(json_file)
+
+    def _load_basis(self, file: str, fingerprint: str) -> None:
+        expected = {name: ("F64", [self.patch_dim]) for name in PatchBasis._fields}
+        expected["components"] = ("F64", [self.patch_dim, self.patch_dim])
+        try:
+            with safe_open(file, "pt") as tensors:
+                # Read from the header first: a file must not make us allocate what it likes.
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+                found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+                if found != expected:
+                    raise ValueError(f"{file} must hold {expected} for patch_size={self.patch_size}, not {found}.")
+                basis = PatchBasis(**{name: tensors.get_tensor(name) for name in expected})
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); copy or download it again.") from error
+        self._basis = self._check_basis(basis)
+        if self.fingerprint != fingerprint:
+            raise ValueError(
+                f"{file} does not have the fingerprint that {IMAGE_PROCESSOR_NAME} names: the file was damaged or "
+                "exchanged, or image_mean or image_std differ from those of the fit."
+            )

@@ -1,0 +1,563 @@
+"""l-DAE from patches to loss ("Deconstructing Denoising Diffusion Models for Self-Supervised Learning", 2401.14404).
+
+B images · C channels · H, W pixels · N tokens · P = patch_size² · C values of a patch · K latent values of a token
+D width · T noise levels · V the first K principal directions of patches · s the latent scale
+
+    patches p -> latents z = s V (p - mean) -> noisy latents z_t = gamma_t z + sigma_t eps -> image x_t = mean + Vᵀ z_t / s
+    -> ViT encoder -> ViT decoder -> restored image, compared with p in the PCA space (Eq. 4).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_ldae import LDAEConfig
+from .noise_schedules import NoiseSchedule, clean_target_weight
+from .patch_tokenizers import PatchPCA, patchify, unpatchify
+
+
+@dataclass
+class LDAEForPreTrainingOutput(ModelOutput):
+    """Output of [`LDAEForPreTraining`].
+
+    loss: () mean over images and tokens of lambda_t / K · Σ_i w_i r_i².
+    prediction: (B,N,P) or, where the network answers in latents, (B,N,K).
+    noisy_tokens: (B,N,K) the latents that the network was shown. timesteps: (B,) their noise levels.
+    """
+
+    loss: torch.Tensor | None = None
+    prediction: torch.Tensor | None = None
+    noisy_tokens: torch.Tensor | None = None
+    timesteps: torch.Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------- the transformer
+
+
+def sincos_positions(hidden_size: int, grid: tuple[int, int]) -> torch.Tensor:
+    """(1,N,D) fixed 2-D sine-cosine positions as in MAE and DiT: columns in the first half of D, rows in the second."""
+    quarter = hidden_size // 4
+    with torch.device("cpu"):  # also where a model is being built on the meta device
+        frequencies = 10000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+        rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
+    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (rows, columns))
+    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()
+
+
+class LDAETimestepEmbedding(nn.Module):
+    """t -> 256 sinusoids (cosines, then sines) -> two-layer MLP -> the condition (B,D), as in DiT."""
+
+    num_frequencies = 256
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(self.num_frequencies, config.hidden_size)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        half = self.num_frequencies // 2
+        frequencies = torch.exp(torch.arange(half, device=timesteps.device) * (-torch.log(torch.tensor(1e4)) / half))
+        angles = timesteps[:, None].float() * frequencies  # (B, 128)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))  # (B, D)
+
+
+def modulation_mlp(config: LDAEConfig, num_chunks: int) -> nn.Sequential:
+    """The condition -> `num_chunks` shifts, scales and gates of width D. The last layer starts at zero (adaLN-Zero)."""
+    width, hidden = config.hidden_size, config.conditioning_hidden_size
+    if hidden is None:  # DiT
+        return nn.Sequential(nn.SiLU(), nn.Linear(width, num_chunks * width))
+    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, num_chunks * width))  # Appendix A
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """LayerNorm(h) · (1 + scale) + shift, (B,N,D). A condition that the batch shares is the norm's own affine."""
+    if shift.shape[0] == 1:
+        weight, bias = ((1 + scale[0]).to(hidden_states.dtype), shift[0].to(hidden_states.dtype))
+        return F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
+    normalised = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps)
+    return torch.addcmul(shift[:, None], normalised, 1 + scale[:, None])
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(Q Kᵀ · scaling) V written out: (B,heads,N,D/heads) -> (B,N,heads,D/heads), and the weights."""
+    weights = torch.matmul(query * scaling, key.transpose(2, 3)).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class LDAEAttention(nn.Module):
+    """Multi-head self-attention over all tokens, through transformers' attention interface."""
+
+    is_causal = False
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        context, weights = attend(self, *qkv.unbind(0), None, scaling=self.scaling, dropout=0.0)
+        return self.projection(context.reshape(batch, length, -1)), weights
+
+
+class LDAEMLP(nn.Module):
+    def __init__(self, config: LDAEConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class LDAELayer(GradientCheckpointingLayer):
+    """A ViT block whose norms and residual gates are set by the condition (adaLN-Zero of DiT)."""
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__()
+        self.eps = config.layer_norm_eps
+        self.modulation = modulation_mlp(config, 6)
+        self.attention = LDAEAttention(config)
+        self.mlp = LDAEMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
+        attended, _ = self.attention(modulate(hidden_states, shift, scale, self.eps))
+        hidden_states = torch.addcmul(hidden_states, gate[:, None], attended)
+        transformed = self.mlp(modulate(hidden_states, mlp_shift, mlp_scale, self.eps))
+        return torch.addcmul(hidden_states, mlp_gate[:, None], transformed)  # (B, N, D)
+
+
+class LDAEDecoder(nn.Module):
+    """The second half of the blocks, a modulated norm, and a linear layer to `output_dim` values per token."""
+
+    def __init__(self, config: LDAEConfig, output_dim: int):
+        super().__init__()
+        self.eps = config.layer_norm_eps
+        self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.decoder_num_hidden_layers)])
+        self.modulation = modulation_mlp(config, 2)
+        self.head = nn.Linear(config.hidden_size, output_dim)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, conditioning)
+        shift, scale = self.modulation(conditioning).chunk(2, dim=-1)
+        return self.head(modulate(hidden_states, shift, scale, self.eps))  # (B, N, output_dim)
+
+
+# ------------------------------------------------------------------------- what the network is shown and asked for
+# A prediction target compares (`squared_error`, Σ_i w_i r_i² of each token) and reads the clean patches out of an
+# answer (`clean_patches`). V is orthonormal, so the part of an error outside the K directions has the squared length
+# |e|² - |V e|² (Pythagoras): Eq. 4 never needs the other P - K directions.
+
+
+def latent_input(tokenizer: PatchPCA, noisy_tokens: torch.Tensor) -> torch.Tensor:
+    """The network sees z_t, (B,N,K)."""
+    return noisy_tokens
+
+
+def pixel_input(tokenizer: PatchPCA, noisy_tokens: torch.Tensor) -> torch.Tensor:
+    """The network sees the image x_t = mean + Vᵀ z_t / s, (B,N,P)."""
+    return tokenizer.decode(noisy_tokens)
+
+
+class PredictNoise:
+    """The answer is eps, (B,N,K)."""
+
+    answers_in_latents = True
+
+    def loss_weight(self, gammas, sigmas):
+        return torch.ones_like(gammas)
+
+    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
+        return (noise - prediction).square().sum(-1)
+
+    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
+        return tokenizer.decode((noisy_tokens - sigmas * prediction) / gammas)
+
+
+class PredictLatent:
+    """The answer is z, (B,N,K)."""
+
+    answers_in_latents = True
+
+    def loss_weight(self, gammas, sigmas):
+        return clean_target_weight(gammas, sigmas)
+
+    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
+        return (tokens - prediction).square().sum(-1)
+
+    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
+        return tokenizer.decode(prediction)
+
+
+class PredictReconstruction:
+    """The answer is decode(z), (B,N,P): the image without its tail outside the K directions."""
+
+    answers_in_latents = False
+
+    def loss_weight(self, gammas, sigmas):
+        return clean_target_weight(gammas, sigmas)
+
+    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
+        return tokenizer.loss_scale**2 * (tokenizer.decode(tokens) - prediction).square().sum(-1)
+
+    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
+        return prediction
+
+
+class PredictImage(PredictReconstruction):
+    """l-DAE: the answer is the original image, (B,N,P), with the tail weighted down (Eq. 4)."""
+
+    def __init__(self, residual_weight: float):
+        self.residual_weight = residual_weight
+
+    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
+        error = patches - prediction
+        inside = tokenizer.project(error).square().sum(-1)
+        weight = self.residual_weight
+        return tokenizer.loss_scale**2 * (weight * error.square().sum(-1) + (1 - weight) * inside)
+
+
+class PredictNoiseInImage:
+    """Footnote 4: noise prediction in the final model. s V answer is eps; the tail is the image's, weighted down."""
+
+    answers_in_latents = False
+
+    def __init__(self, residual_weight: float):
+        self.residual_weight = residual_weight
+
+    def loss_weight(self, gammas, sigmas):
+        return torch.ones_like(gammas)
+
+    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
+        inside = (noise - tokenizer.project(prediction) * tokenizer.scales).square().sum(-1)
+        error = patches - tokenizer.mean - prediction
+        tail = error.square().sum(-1) - tokenizer.project(error).square().sum(-1)
+        return inside + self.residual_weight * tokenizer.loss_scale**2 * tail
+
+    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
+        coefficients = tokenizer.project(prediction)
+        tail = prediction - tokenizer.unproject(coefficients)
+        return tokenizer.decode((noisy_tokens - sigmas * coefficients * tokenizer.scales) / gammas) + tail
+
+
+NETWORK_INPUTS = {"latent": latent_input, "pixel": pixel_input}
+
+PREDICTIONS = {
+    ("latent", "noise"): lambda config: PredictNoise(),
+    ("latent", "latent"): lambda config: PredictLatent(),
+    ("pixel", "noise"): lambda config: PredictNoiseInImage(config.residual_weight),
+    ("pixel", "latent"): lambda config: PredictLatent(),
+    ("pixel", "reconstruction"): lambda config: PredictReconstruction(),
+    ("pixel", "image"): lambda config: PredictImage(config.residual_weight),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ the models
+
+
+class LDAEPreTrainedModel(PreTrainedModel):
+    """What the three models share: initialisation, loading that never invents weights, the PCA basis."""
+
+    config_class = LDAEConfig
+    base_model_prefix = "ldae"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LDAELayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LDAELayer, "attentions": LDAEAttention}
+    _keep_in_fp32_modules_strict = ["tokenizer", "schedule"]
+    _keys_that_may_be_new: tuple[str, ...] = ()
+
+    def __init__(self, config: LDAEConfig, *args, **kwargs):
+        config.validate()  # keys that from_pretrained(..., key=value) changed were set after the configuration's own check
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As DiT: linear layers Xavier-uniform with zero bias; the timestep MLP normal with std 0.02; the last layer of
+        every modulation and the decoder's head zero, so that each block starts as the identity and the model answers 0.
+        Buffers: the DCT basis, the noise tables, the sine-cosine positions (none of them survives a meta device).
+        """
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, LDAETimestepEmbedding):
+            init.normal_(module.fc1.weight, std=0.02)
+            init.normal_(module.fc2.weight, std=0.02)
+        elif isinstance(module, LDAELayer | LDAEDecoder):
+            init.zeros_(module.modulation[-1].weight)
+            init.zeros_(module.modulation[-1].bias)
+            if isinstance(module, LDAEDecoder):
+                init.zeros_(module.head.weight)
+                init.zeros_(module.head.bias)
+        elif isinstance(module, PatchPCA):
+            for buffer, value in zip((module.components, module.mean, module.explained_variance), module.unfitted()):
+                init.copy_(buffer, value)
+        elif isinstance(module, NoiseSchedule):
+            for buffer, value in zip((module.gammas, module.sigmas), module.tables()):
+                init.copy_(buffer, value)
+        elif isinstance(module, LDAEModel):
+            init.copy_(module.position_embeddings, sincos_positions(self.config.hidden_size, module.grid))
+        elif isinstance(module, nn.BatchNorm1d):
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As [`~transformers.PreTrainedModel.from_pretrained`], but weights are loaded or the call fails.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of this class (only a classifier's head may be new).
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+        lacking = sorted(key for key in lacking if not key.startswith(cls._keys_that_may_be_new or "\0"))
+        if lacking:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold all weights of {cls.__name__}: {len(lacking)} are missing "
+                f"or have another shape, the first is {lacking[0]!r}; load the class that was saved "
+                "(an encoder has no decoder), or train one."
+            )
+        return (model, info) if output_loading_info else model
+
+    @torch.no_grad()
+    def set_processor(self, processor) -> None:
+        """Copies the PCA basis of a fitted [`LDAEImageProcessor`] into the model and its fingerprint into the config.
+
+        Raises:
+            ValueError: the processor is not fitted, or it was made for another patch, latent size or latent scaling.
+        """
+        if not processor.fitted:
+            raise ValueError("This processor has no PCA basis yet; call processor.fit(images) first.")
+        self._check_processor_geometry(processor)
+        tokenizer = self.base_model.tokenizer
+        tokenizer.components.copy_(torch.as_tensor(processor.components[: self.config.latent_dim]))
+        tokenizer.mean.copy_(torch.as_tensor(processor.mean))
+        tokenizer.explained_variance.copy_(torch.as_tensor(processor.explained_variance))
+        self.config.processor_fingerprint = processor.fingerprint
+
+    def check_processor(self, processor) -> None:
+        """Raises ValueError unless this model's PCA basis came from this processor."""
+        self._check_processor_geometry(processor)
+        if processor.fingerprint != self.config.processor_fingerprint:
+            raise ValueError(
+                f"The processor's PCA basis ({processor.fingerprint[:12]}) is not the one this model was built with "
+                f"({(self.config.processor_fingerprint or 'none yet')[:12]}); load both from the same folder, "
+                "or call model.set_processor(processor) before training."
+            )
+
+    def _check_processor_geometry(self, processor) -> None:
+        for key in ("patch_size", "latent_dim", "latent_scaling"):
+            ours, theirs = getattr(self.config, key), getattr(processor, key)
+            if ours != theirs:
+                raise ValueError(f"The model has {key}={ours!r} but the processor has {key}={theirs!r}.")
+
+
+class LDAEModel(LDAEPreTrainedModel):
+    """The encoder: images in, one feature vector per patch out. Deterministic: no noise, no masking, all tokens.
+
+    An image is first projected on the K latent directions that the encoder was trained on (its other input weights
+    were hardly trained), then encoded at `config.feature_timestep`.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^batch_norm\.", r"^classifier\."]
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__(config)
+        self.tokenizer = PatchPCA(config.patch_size, config.num_channels, config.latent_dim, config.latent_scaling)
+        self.schedule = NoiseSchedule(config.noise_schedule, config.num_train_timesteps)
+        self.network_input = NETWORK_INPUTS[config.input_space]
+        input_dim = config.latent_dim if config.input_space == "latent" else config.patch_dim
+        self.patch_embedding = nn.Linear(input_dim, config.hidden_size)
+        self.register_buffer("position_embeddings", sincos_positions(config.hidden_size, self.grid))
+        self.timestep_embedding = LDAETimestepEmbedding(config)
+        self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a training image, (rows, columns)."""
+        return (self.config.image_size // self.config.patch_size,) * 2
+
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """(1,N,D) positions of a grid of patches; bicubically resized where it is not the training grid."""
+        if grid == self.grid:
+            return self.position_embeddings
+        table = self.position_embeddings.unflatten(1, self.grid).permute(0, 3, 1, 2).float()
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        return table.flatten(2).transpose(1, 2).to(self.position_embeddings.dtype)
+
+    def encode(self, tokens: torch.Tensor, conditioning: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What the network is shown, (B,N,K) or (B,N,P), through the blocks: (B,N,D), before any final norm."""
+        dtype = self.patch_embedding.weight.dtype  # fp32 under autocast, so that the residual stream is fp32 too
+        hidden_states = self.patch_embedding(tokens.to(dtype)) + self.positions(grid).to(dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, conditioning)
+        return hidden_states
+
+    def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of patches of these images.
+
+        Raises:
+            ValueError: not a batch of images with the right number of channels.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {self.config.num_channels}, height, width), "
+                f"not {tuple(pixel_values.shape)}."
+            )
+        return pixel_values.shape[2] // self.config.patch_size, pixel_values.shape[3] // self.config.patch_size
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        timesteps: int | torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Features of images.
+
+        Args:
+            pixel_values: (B,C,H,W), normalised by the processor; H and W multiples of the patch size.
+            timesteps: the condition, one integer or (B,); default `config.feature_timestep`.
+            noise: (B,N,K) standard normal noise to add at `timesteps` (Table 5, "noisy input"); default none.
+
+        Returns:
+            `last_hidden_state` (B,N,D), layer-normalised without parameters, as the decoder's first block sees it;
+            `pooler_output` (B,D), its mean over tokens; on request `hidden_states`, the raw residual stream before
+            the first block and after each, and `attentions` (with `attn_implementation="eager"`).
+
+        Raises:
+            ValueError: wrong image shape, or a timestep outside the schedule.
+        """
+        grid = self.grid_of(pixel_values)
+        tokens = self.tokenizer.encode(pixel_values)  # (B, N, K)
+        timesteps = self.config.feature_timestep if timesteps is None else timesteps
+        timesteps = self.schedule.as_timesteps(timesteps, tokens.device)  # (1,) or (B,)
+        if noise is not None:
+            tokens = self.schedule.add_noise(tokens, noise.to(tokens), timesteps)
+        conditioning = self.timestep_embedding(timesteps)
+        hidden_states = self.encode(self.network_input(self.tokenizer, tokens), conditioning, grid)
+        features = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
+
+
+class LDAEForPreTraining(LDAEPreTrainedModel):
+    """The denoising autoencoder: corrupts images in the latent space and learns to restore them."""
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__(config)
+        self.ldae = LDAEModel(config)
+        self.prediction_target = PREDICTIONS[config.input_space, config.prediction_target](config)
+        output_dim = config.latent_dim if self.prediction_target.answers_in_latents else config.patch_dim
+        self.decoder = LDAEDecoder(config, output_dim)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        timesteps: int | torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **kwargs,
+    ) -> LDAEForPreTrainingOutput:
+        """One denoising step.
+
+        Args:
+            pixel_values: (B,C,H,W), normalised by the processor.
+            timesteps: (B,) in 0 ... T-1, or one integer; drawn uniformly if not given.
+            noise: (B,N,K) standard normal; drawn if not given.
+        """
+        grid = self.ldae.grid_of(pixel_values)
+        tokens = self.ldae.tokenizer.encode(pixel_values)  # (B, N, K)
+        timesteps, noise = self.ldae.schedule.sample(tokens, timesteps, noise)
+        noisy_tokens = self.ldae.schedule.add_noise(tokens, noise, timesteps)  # gamma_t z + sigma_t eps
+        conditioning = self.ldae.timestep_embedding(timesteps)  # (B, D)
+        shown = self.ldae.network_input(self.ldae.tokenizer, noisy_tokens)  # (B, N, K) or (B, N, P)
+        hidden_states = self.ldae.encode(shown, conditioning, grid)  # (B, N, D)
+        prediction = self.decoder(hidden_states, conditioning).to(tokens.dtype)  # (B, N, K) or (B, N, P)
+        loss = self.loss(prediction, pixel_values, tokens, noise, timesteps)
+        return LDAEForPreTrainingOutput(loss, prediction, noisy_tokens, timesteps)
+
+    def loss(self, prediction, pixel_values, tokens, noise, timesteps) -> torch.Tensor:
+        """() lambda_t / K · Σ_i w_i r_i² (Eq. 4), mean over images and tokens."""
+        patches = patchify(pixel_values, self.config.patch_size).to(tokens.dtype)
+        squared_error = self.prediction_target.squared_error(self.ldae.tokenizer, prediction, patches, tokens, noise)
+        gammas, sigmas = self.ldae.schedule.levels(timesteps)
+        weights = self.prediction_target.loss_weight(gammas, sigmas).squeeze(-1)  # (B, 1)
+        return (weights * squared_error).mean() / self.config.latent_dim
+
+    def denoise(
+        self, pixel_values: torch.Tensor, timesteps: int | torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noisy images and the model's restorations of them, each (B,C,H,W) in the processor's normalisation.
+
+        What the noisy image shows is mean + Vᵀ z_t / s, whatever space the network itself sees.
+        """
+        output = self(pixel_values, timesteps=timesteps, noise=noise)
+        tokenizer, levels = self.ldae.tokenizer, self.ldae.schedule.levels(output.timesteps)
+        noisy = tokenizer.decode(output.noisy_tokens)
+        clean = self.prediction_target.clean_patches(tokenizer, output.prediction, output.noisy_tokens, *levels)
+        grid = self.ldae.grid_of(pixel_values)
+        return tuple(unpatchify(patches, self.config.patch_size, grid) for patches in (noisy, clean))
+
+
+class LDAEForImageClassification(LDAEPreTrainedModel):
+    """The encoder with the paper's linear head: mean over tokens -> BatchNorm without affine -> linear."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+    _keys_that_may_be_new = ("batch_norm.", "classifier.")
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__(config)
+        self.ldae = LDAEModel(config)
+        self.batch_norm = nn.BatchNorm1d(config.hidden_size, affine=False, eps=1e-6)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """Class scores `logits` (B,num_labels) of images (B,C,H,W), and the loss where `labels` (B,) are given.
+
+        Further arguments (`timesteps`, `noise`, `output_hidden_states`, …) go to [`LDAEModel`].
+        """
+        outputs = self.ldae(pixel_values, **kwargs)
+        logits = self.classifier(self.batch_norm(outputs.pooler_output))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+__all__ = ["LDAEModel", "LDAEForPreTraining", "LDAEForImageClassification", "LDAEPreTrainedModel"]

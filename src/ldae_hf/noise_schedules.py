@@ -1,0 +1,119 @@
+"""The four noise schedules of the path: how much signal (gamma_t) and how much noise (sigma_t) at each level t.
+
+z_t = gamma_t · z_0 + sigma_t · noise (Eq. 1), t = 0 ... T-1. Torch only.
+"""
+
+import torch
+from torch import nn
+
+
+def ddpm_linear(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """DDPM and DiT: gamma² = prod(1 - beta), beta linear from 1e-4 to 0.02; variance preserving."""
+    betas = torch.linspace(1e-4, 0.02, num_train_timesteps, dtype=torch.float64)
+    gammas_squared = torch.cumprod(1 - betas, dim=0)
+    return gammas_squared.sqrt(), (1 - gammas_squared).sqrt()
+
+
+def linear_gamma_squared(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Section 4.2: gamma² falls linearly, 1 > gamma² >= 0; variance preserving."""
+    steps = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64)
+    gammas_squared = 1 - steps / num_train_timesteps
+    return gammas_squared.sqrt(), (1 - gammas_squared).sqrt()
+
+
+def linear_sigma(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Section 4.3, l-DAE: the signal is never scaled, sigma grows linearly from 0 to sqrt(2)."""
+    sigmas = torch.linspace(0, 2**0.5, num_train_timesteps, dtype=torch.float64)
+    return torch.ones_like(sigmas), sigmas
+
+
+def single_level(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Section 5, "single noise level": sigma = sqrt(1/3) always, so the table has one entry."""
+    return torch.ones(1, dtype=torch.float64), torch.full((1,), 3**-0.5, dtype=torch.float64)
+
+
+SCHEDULES = {
+    "ddpm_linear": ddpm_linear,
+    "linear_gamma_squared": linear_gamma_squared,
+    "linear_sigma": linear_sigma,
+    "single_level": single_level,
+}
+
+
+def noise_schedule_tables(name: str, num_train_timesteps: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(gammas, sigmas)` of a schedule, each (T,) in float64 on the CPU (T = 1 for `single_level`).
+
+    Raises:
+        ValueError: no schedule has this name, or there is not even one timestep.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"There is no noise schedule {name!r}; the schedules are {', '.join(SCHEDULES)}.")
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1.")
+    with torch.device("cpu"):  # also where a model is being built on the meta device
+        return SCHEDULES[name](num_train_timesteps)
+
+
+def clean_target_weight(gammas: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """lambda_t = gamma² / (gamma² + sigma²), the loss weight of every clean target (1 / (1 + sigma²) for l-DAE)."""
+    return gammas**2 / (gammas**2 + sigmas**2)
+
+
+class NoiseSchedule(nn.Module):
+    """A schedule's table inside a model: draws timesteps and noise, and corrupts tokens.
+
+    The tables are persistent buffers, kept in fp32 whatever the model's dtype and filled by the model's
+    `_init_weights`: a model that is built on the meta device would otherwise come back with empty memory in them.
+    """
+
+    def __init__(self, name: str, num_train_timesteps: int):
+        super().__init__()
+        self.name, self.num_train_timesteps = name, num_train_timesteps
+        gammas, sigmas = self.tables()
+        self.register_buffer("gammas", gammas)
+        self.register_buffer("sigmas", sigmas)
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The fp32 tables that belong in the buffers."""
+        return tuple(table.float() for table in noise_schedule_tables(self.name, self.num_train_timesteps))
+
+    def __len__(self) -> int:
+        return self.gammas.shape[0]
+
+    def as_timesteps(self, timesteps: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Timesteps as a tensor, (1,) for one integer that a whole batch shares, else (B,).
+
+        Raises:
+            ValueError: a timestep outside 0 ... T-1. On an accelerator tensors are not read back, so there only
+                integers are checked.
+        """
+        if isinstance(timesteps, int):
+            timesteps = torch.tensor([timesteps], device="cpu")
+        if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(timesteps.min()), int(timesteps.max())
+            if low < 0 or high >= len(self):
+                raise ValueError(
+                    f"Timesteps must lie in 0 ... {len(self) - 1} for noise schedule {self.name!r}, "
+                    f"but {low if low < 0 else high} was asked for."
+                )
+        return timesteps.reshape(-1).to(device)
+
+    def sample(
+        self, tokens: torch.Tensor, timesteps: int | torch.Tensor | None = None, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps (B,), uniform, and noise (B,N,K), standard normal; what is given is used instead of drawn."""
+        if timesteps is None:
+            timesteps = torch.randint(len(self), tokens.shape[:1], device=tokens.device)
+        else:
+            timesteps = self.as_timesteps(timesteps, tokens.device).expand(tokens.shape[0])
+        noise = torch.randn_like(tokens) if noise is None else noise.to(tokens)
+        return timesteps, noise
+
+    def levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """gamma_t and sigma_t, each (B,1,1)."""
+        return self.gammas[timesteps][:, None, None], self.sigmas[timesteps][:, None, None]
+
+    def add_noise(self, tokens: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Eq. 1: gamma_t · tokens + sigma_t · noise, (B,N,K)."""
+        gammas, sigmas = self.levels(timesteps)
+        return gammas * tokens + sigmas * noise

@@ -1,0 +1,87 @@
+"""What a resolved recipe is."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .files import RecipeError, nearest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One resolved recipe: where it comes from, and every value of its five sections.
+
+    `steps` are the recipes from the root to this one, `tier` is the overlay or None, `overrides` the `key=value` texts
+    in their order; `origins` says of each dotted key that does not have the root's value who set it last: a step,
+    `tier NAME` or `override`. `paper` holds the paper's numbers for `name`: they belong to no tier and no override.
+    """
+
+    name: str
+    parent: str | None
+    why: str
+    paper: dict
+    steps: list[str]
+    tier: str | None
+    overrides: list[str]
+    origins: dict[str, str]
+    model: dict
+    tokenizer: dict
+    data: dict
+    train: dict
+    eval: dict
+
+    @property
+    def title(self) -> str:
+        """The recipe's name with its tier and overrides, for tables and logs."""
+        return " ".join([self.name, *([f"(tier {self.tier})"] if self.tier else []), *self.overrides])
+
+    def model_config(self):
+        """The `LDAEConfig` of the model section, with the widths and depths of its size.
+
+        Raises:
+            RecipeError: an unknown size, or values that LDAEConfig refuses.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        from ldae_hf.configuration_ldae import SIZES, LDAEConfig
+
+        keys = dict(self.model)
+        size = keys.pop("size")
+        if size not in SIZES:
+            raise RecipeError(f"{self.title}: model.size {size!r} is unknown{nearest(size, SIZES)}")
+        try:
+            return LDAEConfig(**SIZES[size], **keys)
+        except (ValueError, StrictDataclassError) as error:
+            raise RecipeError(f"{self.title}: the model section is not a model: {error}") from error
+
+    def to_dict(self) -> dict:
+        """The fields as plain values, a copy."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The fields as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, folder) -> Path:
+        """Writes `recipe.json` into an existing folder, so that the recipe travels with the weights."""
+        file = Path(folder) / "recipe.json"
+        file.write_text(self.to_json(), encoding="utf-8")
+        return file
+
+    @classmethod
+    def load(cls, folder) -> "Recipe":
+        """Reads the `recipe.json` that `save` wrote.
+
+        Raises:
+            RecipeError: no such file, or not the fields of a recipe.
+        """
+        file = Path(folder) / "recipe.json"
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{file} cannot be read as a saved recipe: {error}") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            wrong = names.symmetric_difference(values if isinstance(values, dict) else ())
+            raise RecipeError(f"{file} is not a recipe as this version saves it: see {', '.join(sorted(wrong))}.")
+        return cls(**values)

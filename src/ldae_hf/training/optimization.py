@@ -1,0 +1,138 @@
+"""From a recipe to the numbers of a run: learning rate, steps, accumulation. The only place where they are derived."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..configuration_ldae import LDAEConfig
+from ..recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe means on one data set and machine.
+
+    Attributes:
+        num_images: images of an epoch. steps_per_epoch: whole global batches in it; the remainder is dropped.
+        total_steps, warmup_steps: optimizer steps.
+        learning_rate: the peak, base_learning_rate · global batch / 256.
+        global_batch_size = num_processes · accumulation · per_device_batch_size.
+        ema_decay: per step, from the recipe's half-life in epochs; None for no EMA.
+    """
+
+    num_images: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    learning_rate: float
+    global_batch_size: int
+    num_processes: int
+    per_device_batch_size: int
+    accumulation: int
+    ema_decay: float | None
+
+    @classmethod
+    def derive(cls, recipe: Recipe, num_images: int, num_processes: int, per_device_batch_size: int | None) -> "Plan":
+        """Resolves a recipe.
+
+        Args:
+            per_device_batch_size: images of one forward pass; default the largest that divides the global batch's
+                share of one process and is at most 256.
+
+        Raises:
+            ValueError: the global batch does not split over the processes and the per-device batch, or the data set
+                is smaller than one global batch.
+        """
+        train = recipe.train
+        batch = train["global_batch_size"]
+        if num_images < batch:
+            raise ValueError(
+                f"{recipe.title} needs {batch} images for one step but the data set has {num_images}; "
+                "use a larger data set or --set train.global_batch_size=…"
+            )
+        if batch % num_processes:
+            raise ValueError(f"A global batch of {batch} does not split over {num_processes} processes.")
+        share = batch // num_processes
+        if per_device_batch_size is None:
+            per_device_batch_size = max(size for size in range(1, min(share, 256) + 1) if share % size == 0)
+        if share % per_device_batch_size:
+            raise ValueError(
+                f"A per-device batch of {per_device_batch_size} does not divide the {share} images that each of "
+                f"{num_processes} processes contributes to a global batch of {batch}."
+            )
+        steps_per_epoch = num_images // batch
+        half_life = train["ema_half_life_epochs"]
+        return cls(
+            num_images=num_images,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=steps_per_epoch * train["epochs"],
+            warmup_steps=round(steps_per_epoch * train["warmup_epochs"]),
+            learning_rate=train["base_learning_rate"] * batch / 256,
+            global_batch_size=batch,
+            num_processes=num_processes,
+            per_device_batch_size=per_device_batch_size,
+            accumulation=share // per_device_batch_size,
+            ema_decay=None if half_life is None else 0.5 ** (1 / (half_life * steps_per_epoch)),
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up from 0, then a half cosine to 0 (MAE); `step` counts from 0 and is the one about to be taken."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def lines(self) -> list[str]:
+        """The run in words, printed before it starts."""
+        ema = "off" if self.ema_decay is None else f"decay {self.ema_decay:.6f} per step"
+        return [
+            f"images {self.num_images:,} · {self.steps_per_epoch:,} steps an epoch · {self.total_steps:,} steps in all",
+            f"global batch {self.global_batch_size} = {self.num_processes} processes x {self.accumulation} accumulated "
+            f"x {self.per_device_batch_size} images",
+            f"learning rate {self.learning_rate:.3g}, warm-up {self.warmup_steps:,} steps, then cosine · EMA {ema}",
+        ]
+
+
+def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW as the recipe says; weight decay (0 in the paper) on matrices only."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [dict(params=matrices, weight_decay=recipe.train["weight_decay"]), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(recipe.train["betas"]), fused=True)
+
+
+class ExponentialMovingAverage:
+    """An fp32 average of a model's parameters: in bf16 a decay of 0.9999 would never move it."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.average = {name: value.detach().float().clone() for name, value in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """average += (1 - decay) · (parameters - average)."""
+        values = [value.detach().float() for value in model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), values, 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Puts the average in the model's place."""
+        for name, value in model.named_parameters():
+            value.copy_(self.average[name])
+
+
+def training_flops_per_image(config: LDAEConfig) -> float:
+    """FLOPs of one training step per image: three times the forward's matrix products (backward = 2 · forward).
+
+    Counts the blocks, their attention, the patch embedding and the head at 2 FLOPs per multiply-add; the timestep
+    MLPs, the PCA and all elementwise work are left out, so that the number is a model property and MFU is honest.
+    """
+    width, tokens = config.hidden_size, config.num_patches
+    linear = width * (4 * width + 2 * config.intermediate_size)  # qkv, projection and MLP, multiply-adds per token
+    attention = 2 * tokens * width  # Q Kᵀ and the weighted sum
+    blocks = (config.num_hidden_layers + config.decoder_num_hidden_layers) * (linear + attention)
+    ends = width * (config.patch_dim if config.input_space == "pixel" else config.latent_dim)
+    ends += width * (config.latent_dim if config.prediction_target == "latent" else config.patch_dim)
+    return 3 * 2 * tokens * (blocks + ends)
