@@ -1,4 +1,4 @@
-"""The `ldae` command: one thin command per job. A job's module is imported inside its command, so that help is quick."""
+"""The `ldae` command: one thin command per job, which imports what it needs when it runs, so that help is quick."""
 
 from typing import Annotated
 

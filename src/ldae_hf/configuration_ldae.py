@@ -1,9 +1,11 @@
 """The configuration of l-DAE (arXiv 2401.14404): the four keys of the path, the sizes, and which of them go together."""
 
+import math
 from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # Width, blocks of encoder and decoder, heads. The decoder always has the encoder's size. "half_l" is the paper's
@@ -65,7 +67,7 @@ class LDAEConfig(PreTrainedConfig):
         decoder_num_hidden_layers (`int`): blocks of the decoder (the paper: as many as the encoder).
         num_attention_heads (`int`): attention heads.
         mlp_ratio (`float`): width of a block's MLP over `hidden_size`.
-        hidden_act (`str`): activation of the MLPs.
+        hidden_act (`str`): activation of the MLPs, one of transformers' names.
         layer_norm_eps (`float`): epsilon of every layer normalisation.
         conditioning_hidden_size (`int`, `None` or `"quarter"`): hidden width of each block's MLP on the timestep;
             `"quarter"` (Appendix A) becomes `hidden_size // 4`, `None` is DiT's single linear layer.
@@ -82,6 +84,7 @@ class LDAEConfig(PreTrainedConfig):
 
     Raises:
         ValueError: an unknown key, a value out of range, or keys that contradict each other.
+        StrictDataclassFieldValidationError: a value of the wrong type (from huggingface_hub).
     """
 
     model_type = "ldae"
@@ -120,6 +123,15 @@ class LDAEConfig(PreTrainedConfig):
         if self.feature_timestep is None:
             self.feature_timestep = 0 if self.noise_schedule == "single_level" else 10
         super().__post_init__(**kwargs)
+        # @strict would run these too, but in alphabetical order, and wrap the sentence in one of its own.
+        self.validate_values()
+        self.validate_pairs()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As transformers', but keys given beside the saved ones are checked with them, not written over them later."""
+        overrides = {key: kwargs.pop(key) for key in cls.__annotations__ if key in kwargs}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
     def patch_dim(self) -> int:
@@ -149,6 +161,7 @@ class LDAEConfig(PreTrainedConfig):
             ("input_space", INPUT_SPACES),
             ("prediction_target", PREDICTION_TARGETS),
             ("latent_scaling", LATENT_SCALINGS),
+            ("hidden_act", tuple(ACT2FN)),
         ):
             if getattr(self, key) not in values:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of {', '.join(values)}.")
@@ -161,11 +174,12 @@ class LDAEConfig(PreTrainedConfig):
             "decoder_num_hidden_layers",
             "num_attention_heads",
             "mlp_ratio",
+            "layer_norm_eps",
             "latent_dim",
             "num_train_timesteps",
         ):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"{key}={getattr(self, key)} must be positive.")
+            if not 0 < getattr(self, key) < math.inf:  # NaN fails too
+                raise ValueError(f"{key}={getattr(self, key)} must be positive and finite.")
         if not 0 <= self.residual_weight <= 1:
             raise ValueError(f"residual_weight={self.residual_weight} must lie in 0 ... 1.")
         hidden = self.conditioning_hidden_size
@@ -181,6 +195,8 @@ class LDAEConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be a multiple of 4 (2-D positions) and of "
                 f"num_attention_heads={self.num_attention_heads}."
             )
+        if self.intermediate_size < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves no MLP at hidden_size={self.hidden_size}.")
         if self.latent_dim > self.patch_dim:
             raise ValueError(
                 f"latent_dim={self.latent_dim} exceeds the {self.patch_dim} values of a "

@@ -168,7 +168,7 @@ def _open_image(image: Any) -> Any:
 
 
 class LDAEImageProcessor(BaseImageProcessor):
-    """Images of any kind to normalised `pixel_values`, and by patch-wise PCA to latents and back (PAPER section 8).
+    """Images of any kind to normalised `pixel_values`, and by patch-wise PCA (section 4.2) to latents and back.
 
     The centre square is cut out and resized (bicubic, antialias) to `image_size`; pixels become
     (x / 255 - image_mean) / image_std, [-1, 1] by default. Patches run row by row, each in (channel, row, column)
@@ -281,7 +281,7 @@ class LDAEImageProcessor(BaseImageProcessor):
         """(B,C,H,W) grey levels 0...255 to normalised float32, on the device of `pixels`."""
         mean = torch.tensor(self.image_mean, device=pixels.device)[:, None, None]
         std = torch.tensor(self.image_std, device=pixels.device)[:, None, None]
-        return (pixels.to(torch.float32) / 255 - mean) / std
+        return (pixels.to(torch.float32) / 255).sub_(mean).div_(std)
 
     # -- The PCA basis ------------------------------------------------------------------------------------------------
 
@@ -416,8 +416,8 @@ class LDAEImageProcessor(BaseImageProcessor):
     def encode(self, images: Any) -> torch.Tensor:
         """Images (as `preprocess` takes them) to latents z = s V (p - μ), (B,N,K) float32."""
         pixel_values = self(images, return_tensors="pt")["pixel_values"]
-        patches = patchify(pixel_values, self.patch_size) - self.mean.float()
-        return F.linear(patches, self.components[: self.latent_dim].float()) * self.scale.float()
+        components, mean, scale = self._projection(pixel_values.device)
+        return F.linear(patchify(pixel_values, self.patch_size) - mean, components) * scale
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B,N,K) to images μ + Vᵀ z / s, (B,C,H,W) float32 in normalised pixels, not clipped.
@@ -429,12 +429,15 @@ class LDAEImageProcessor(BaseImageProcessor):
             raise ValueError(
                 f"Latents must have the shape (B, {self.num_patches}, {self.latent_dim}), not {tuple(latents.shape)}."
             )
-        latents = latents.to(torch.float32)
-        mean, scale, components = (
-            tensor.to(latents) for tensor in (self.mean, self.scale, self.components[: self.latent_dim])
-        )
+        components, mean, scale = self._projection(latents.device)
         side = self.image_size // self.patch_size
-        return unpatchify(mean + F.linear(latents / scale, components.T), self.patch_size, (side, side))
+        return unpatchify(mean + F.linear(latents.float() / scale, components.T), self.patch_size, (side, side))
+
+    def _projection(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """V (K,P), μ (P,) and s (K,) in float32."""
+        components, mean, explained_variance = self.basis
+        scale = latent_scales(explained_variance, self.latent_dim, self.latent_scaling)
+        return tuple(tensor.to(device, torch.float32) for tensor in (components[: self.latent_dim], mean, scale))
 
     # -- Saving and loading -------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ D width · T noise levels · V the first K principal directions of patches · s 
     -> ViT encoder -> ViT decoder -> restored image, compared with p in the PCA space (Eq. 4).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,8 +70,8 @@ class LDAETimestepEmbedding(nn.Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         half = self.num_frequencies // 2
-        frequencies = torch.exp(torch.arange(half, device=timesteps.device) * (-torch.log(torch.tensor(1e4)) / half))
-        angles = timesteps[:, None].float() * frequencies  # (B, 128)
+        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        angles = timesteps[:, None].float() * exponents.exp()  # (B, 128)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
         return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))  # (B, D)
 
@@ -94,7 +95,8 @@ def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tens
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(Q Kᵀ · scaling) V written out: (B,heads,N,D/heads) -> (B,N,heads,D/heads), and the weights."""
-    weights = torch.matmul(query * scaling, key.transpose(2, 3)).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.matmul(query * scaling, key.transpose(2, 3)).softmax(dim=-1, dtype=precision).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
@@ -330,23 +332,36 @@ class LDAEPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
         """As [`~transformers.PreTrainedModel.from_pretrained`], but weights are loaded or the call fails.
 
         Raises:
-            ValueError: the checkpoint lacks weights of this class (only a classifier's head may be new).
+            ValueError: the checkpoint lacks weights of this class (only a classifier's head may be new, and one of
+                another shape only with `ignore_mismatched_sizes=True`).
         """
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-        lacking = sorted(key for key in lacking if not key.startswith(cls._keys_that_may_be_new or "\0"))
+        missing, mismatched = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
+        may_be_new = missing | mismatched if ignore_mismatched_sizes else missing - mismatched
+        may_be_new = {key for key in may_be_new if key.startswith(cls._keys_that_may_be_new)}
+        lacking = sorted((missing | mismatched) - may_be_new)
         if lacking:
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not hold all weights of {cls.__name__}: {len(lacking)} are missing "
                 f"or have another shape, the first is {lacking[0]!r}; load the class that was saved "
                 "(an encoder has no decoder), or train one."
             )
+        schedule = model.base_model.schedule  # its tables follow the configuration, even if noise_schedule was changed
+        for table, value in zip((schedule.gammas, schedule.sigmas), schedule.tables()):
+            table.copy_(value)
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()
@@ -368,15 +383,22 @@ class LDAEPreTrainedModel(PreTrainedModel):
     def check_processor(self, processor) -> None:
         """Raises ValueError unless this model's PCA basis came from this processor."""
         self._check_processor_geometry(processor)
+        components = self.base_model.tokenizer.components
         if processor.fingerprint != self.config.processor_fingerprint:
             raise ValueError(
                 f"The processor's PCA basis ({processor.fingerprint[:12]}) is not the one this model was built with "
                 f"({(self.config.processor_fingerprint or 'none yet')[:12]}); load both from the same folder, "
                 "or call model.set_processor(processor) before training."
             )
+        # A model made from a saved configuration alone has the fingerprint, but not the basis.
+        if not torch.equal(components, processor.components[: self.config.latent_dim].float().to(components)):
+            raise ValueError(
+                f"The model's configuration names this processor ({processor.fingerprint[:12]}), but its weights hold "
+                "another PCA basis; load the weights too, or call model.set_processor(processor) before training."
+            )
 
     def _check_processor_geometry(self, processor) -> None:
-        for key in ("patch_size", "latent_dim", "latent_scaling"):
+        for key in ("patch_size", "patch_dim", "latent_dim", "latent_scaling"):
             ours, theirs = getattr(self.config, key), getattr(processor, key)
             if ours != theirs:
                 raise ValueError(f"The model has {key}={ours!r} but the processor has {key}={theirs!r}.")
@@ -412,9 +434,9 @@ class LDAEModel(LDAEPreTrainedModel):
         """(1,N,D) positions of a grid of patches; bicubically resized where it is not the training grid."""
         if grid == self.grid:
             return self.position_embeddings
-        table = self.position_embeddings.unflatten(1, self.grid).permute(0, 3, 1, 2).float()
+        table = self.position_embeddings.unflatten(1, self.grid).permute(0, 3, 1, 2)
         table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
-        return table.flatten(2).transpose(1, 2).to(self.position_embeddings.dtype)
+        return table.flatten(2).transpose(1, 2)
 
     def encode(self, tokens: torch.Tensor, conditioning: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """What the network is shown, (B,N,K) or (B,N,P), through the blocks: (B,N,D), before any final norm."""
@@ -428,8 +450,10 @@ class LDAEModel(LDAEPreTrainedModel):
         """(rows, columns) of patches of these images.
 
         Raises:
-            ValueError: not a batch of images with the right number of channels.
+            ValueError: not a batch of floating-point images with the right number of channels.
         """
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be normalised by the processor, not {pixel_values.dtype}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values must be (batch, {self.config.num_channels}, height, width), "
@@ -459,12 +483,12 @@ class LDAEModel(LDAEPreTrainedModel):
             the first block and after each, and `attentions` (with `attn_implementation="eager"`).
 
         Raises:
-            ValueError: wrong image shape, or a timestep outside the schedule.
+            ValueError: wrong image shape or type, or timesteps or noise that do not fit.
         """
         grid = self.grid_of(pixel_values)
         tokens = self.tokenizer.encode(pixel_values)  # (B, N, K)
         timesteps = self.config.feature_timestep if timesteps is None else timesteps
-        timesteps = self.schedule.as_timesteps(timesteps, tokens.device)  # (1,) or (B,)
+        timesteps = self.schedule.as_timesteps(timesteps, tokens.device, tokens.shape[0])  # (1,) or (B,)
         if noise is not None:
             tokens = self.schedule.add_noise(tokens, noise.to(tokens), timesteps)
         conditioning = self.timestep_embedding(timesteps)
@@ -476,6 +500,10 @@ class LDAEModel(LDAEPreTrainedModel):
 class LDAEForPreTraining(LDAEPreTrainedModel):
     """The denoising autoencoder: corrupts images in the latent space and learns to restore them."""
 
+    # It records nothing, but once the encoder has been asked for hidden states, its hooks compile only under a
+    # `capture_outputs`.
+    _can_record_outputs = {}
+
     def __init__(self, config: LDAEConfig):
         super().__init__(config)
         self.ldae = LDAEModel(config)
@@ -484,7 +512,7 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         self.decoder = LDAEDecoder(config, output_dim)
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -556,7 +584,8 @@ class LDAEForImageClassification(LDAEPreTrainedModel):
         """
         outputs = self.ldae(pixel_values, **kwargs)
         logits = self.classifier(self.batch_norm(outputs.pooler_output))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        # The keywords carry Trainer's `num_items_in_batch`: with it the loss is right under gradient accumulation.
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 

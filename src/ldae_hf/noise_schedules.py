@@ -80,15 +80,21 @@ class NoiseSchedule(nn.Module):
     def __len__(self) -> int:
         return self.gammas.shape[0]
 
-    def as_timesteps(self, timesteps: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    def as_timesteps(
+        self, timesteps: int | torch.Tensor, device: torch.device, batch_size: int | None = None
+    ) -> torch.Tensor:
         """Timesteps as a tensor, (1,) for one integer that a whole batch shares, else (B,).
 
         Raises:
-            ValueError: a timestep outside 0 ... T-1. On an accelerator tensors are not read back, so there only
-                integers are checked.
+            ValueError: timesteps that are no integers, outside 0 ... T-1, or neither one nor `batch_size`. On an
+                accelerator tensors are not read back, so there only the range of integers is checked.
         """
-        if isinstance(timesteps, int):
-            timesteps = torch.tensor([timesteps], device="cpu")
+        if not isinstance(timesteps, torch.Tensor):
+            timesteps = torch.tensor(timesteps, device="cpu")
+        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+            raise ValueError(f"Timesteps must be integers in 0 ... {len(self) - 1}, not {timesteps.dtype}.")
+        if batch_size is not None and timesteps.numel() not in (1, batch_size):
+            raise ValueError(f"There are {timesteps.numel()} timesteps for {batch_size} images; give one, or one each.")
         if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(timesteps.min()), int(timesteps.max())
             if low < 0 or high >= len(self):
@@ -105,7 +111,7 @@ class NoiseSchedule(nn.Module):
         if timesteps is None:
             timesteps = torch.randint(len(self), tokens.shape[:1], device=tokens.device)
         else:
-            timesteps = self.as_timesteps(timesteps, tokens.device).expand(tokens.shape[0])
+            timesteps = self.as_timesteps(timesteps, tokens.device, tokens.shape[0]).expand(tokens.shape[0])
         noise = torch.randn_like(tokens) if noise is None else noise.to(tokens)
         return timesteps, noise
 
@@ -114,6 +120,12 @@ class NoiseSchedule(nn.Module):
         return self.gammas[timesteps][:, None, None], self.sigmas[timesteps][:, None, None]
 
     def add_noise(self, tokens: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Eq. 1: gamma_t · tokens + sigma_t · noise, (B,N,K)."""
+        """Eq. 1: gamma_t · tokens + sigma_t · noise, (B,N,K).
+
+        Raises:
+            ValueError: the noise has another shape than the tokens.
+        """
+        if noise.shape != tokens.shape:
+            raise ValueError(f"noise must be {tuple(tokens.shape)} as the tokens, not {tuple(noise.shape)}.")
         gammas, sigmas = self.levels(timesteps)
         return gammas * tokens + sigmas * noise

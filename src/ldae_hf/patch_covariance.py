@@ -1,4 +1,5 @@
-"""Exact streaming PCA of image patches: sums that add up bit for bit in any order and over any shards."""
+"""Exact streaming PCA of image patches (the patch-wise PCA of section 4.2): sums that are bit for bit the same in any
+order and over any shards."""
 
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ class PatchCovariance:
     """Count, sum and second moments of patches (M,P), from which the PCA follows.
 
     For uint8 patches all sums are whole numbers and exact, so order, batching, shards and processes change no bit of
-    the result, and adding two states is as good as one pass (PAPER section 7.4: a float32 covariance gives negative
-    eigenvalues and wrong tail directions). Memory: one P×P float64 matrix and a few MB of buffer.
+    the result, and adding two states is as good as one pass; a float32 covariance would have negative eigenvalues and
+    wrong tail directions. Memory: one P×P float64 matrix and a few MB of buffer.
 
     Args:
         patch_dim: P, the number of values in a patch.
@@ -102,7 +103,7 @@ class PatchCovariance:
         """The PCA of `patch * scale + offset` (both (P,); the patch in grey levels), divisor M - 1.
 
         Each direction's sign makes its product with one fixed random vector positive: unlike a rule about the largest
-        entry, that has no ties (PAPER section 7.4).
+        entry, that has no ties.
 
         Raises:
             ValueError: there are fewer than P + 1 patches, or all of them are equal.

@@ -82,17 +82,19 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         return len(self._schedule)
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
-        """A scheduler from a dictionary of settings.
+    def from_config(cls, config: dict, return_unused_kwargs: bool = False, **kwargs):
+        """A scheduler from a dictionary of settings; `kwargs` go before them.
 
         Raises:
             ValueError: a setting that this class does not have; diffusers would drop it, and with it the meaning of
                 another scheduler's configuration.
         """
         known = cls._get_init_keys(cls) - {"self"}
-        unknown = [key for key in {**(config or {}), **kwargs} if key not in known and not key.startswith("_")]
+        unknown = [key for key in {**config, **kwargs} if key not in known and not key.startswith("_")]
         if unknown:
             raise ValueError(f"{cls.__name__} takes {', '.join(sorted(known))}, but not {', '.join(sorted(unknown))}.")
+        # diffusers lists settings that were passed by position among those left at their defaults, and forgets them.
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -134,10 +136,13 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
             timesteps: (B,), or one integer for the whole batch, in 0 ... T-1.
 
         Raises:
-            ValueError: an integer or a CPU tensor holds a timestep outside 0 ... T-1.
+            ValueError: an integer or a CPU tensor holds a timestep outside 0 ... T-1, timesteps are no integers or
+                neither one nor B, or the noise has another shape.
         """
+        if noise.shape != original_samples.shape:
+            raise ValueError(f"noise must be {tuple(original_samples.shape)} as the samples, not {tuple(noise.shape)}.")
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
-        timesteps = self._schedule.as_timesteps(timesteps, original_samples.device)
+        timesteps = self._schedule.as_timesteps(timesteps, original_samples.device, original_samples.shape[0])
         place = (original_samples.device, dtype)
         if place not in self._table_copies:
             self._table_copies[place] = self._table.to(dtype).to(original_samples.device)

@@ -2,7 +2,7 @@
 
 import yaml
 
-from .files import SECTIONS, RecipeError, read, recipe_names, tier_names
+from .files import SECTIONS, read, recipe_names, tier_names
 from .loader import load_recipe
 from .recipe import Recipe
 
@@ -20,6 +20,7 @@ def tree_text() -> str:
         parent = recipes.get(recipe.parent)
         rows.append((lead + branch + name, str(number), _changes(parent, recipe) if parent else recipe.why))
         children = [child for child, other in recipes.items() if other.parent == name]
+        children.sort(key=lambda child: (len(child), child))  # epochs_800 comes before epochs_1600
         for child in children:
             last = child == children[-1]
             add(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
@@ -40,7 +41,7 @@ def show_text(recipe: Recipe) -> str:
     """The resolved recipe as YAML; a comment says who set each value that is not the root's."""
     lines = [f"# {recipe.title}: {recipe.why}", f"# path: {' > '.join(recipe.steps)}"]
     if recipe.paper:
-        lines.append("# paper: " + ", ".join(f"{key} {value}" for key, value in recipe.paper.items()))
+        lines.append(f"# paper: {_scalar(recipe.paper)}")
     for section in SECTIONS:
         lines.append(f"{section}:")
         values = {key: f"  {key}: {_scalar(value)}" for key, value in getattr(recipe, section).items()}
@@ -74,7 +75,7 @@ def _changes(parent: Recipe, recipe: Recipe) -> str:
 
 
 def _scalar(value) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).removesuffix("...\n").strip()
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:

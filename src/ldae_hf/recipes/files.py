@@ -1,4 +1,4 @@
-"""The YAML files of recipes and tiers: found by name, read strictly. What a file says and we do not know is an error."""
+"""The YAML files of recipes and tiers: found by name and read strictly. A key that we do not know is an error."""
 
 import re
 from difflib import get_close_matches
@@ -61,8 +61,8 @@ def read(name: str, kind: str, asked_by: Path | None = None) -> dict:
         raise RecipeError(f"{where} {name!r} is unknown{nearest(name, packaged)}")
     try:
         content = file.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"{kind} {file} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # a NUL in a path is a ValueError
+        raise RecipeError(f"{kind} {file} cannot be read: {getattr(error, 'strerror', error)}.") from error
     if len(content) > MAX_BYTES:
         raise RecipeError(f"{file}: {len(content)} bytes are too many for a {kind}.")
     content = parse(content, file)

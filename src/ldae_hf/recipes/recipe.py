@@ -52,7 +52,8 @@ class Recipe:
         try:
             return LDAEConfig(**SIZES[size], **keys)
         except (ValueError, StrictDataclassError) as error:
-            raise RecipeError(f"{self.title}: the model section is not a model: {error}") from error
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise RecipeError(f"{self.title}: the model section is not a model: {reason}") from error
 
     def to_dict(self) -> dict:
         """The fields as plain values, a copy."""

@@ -1,0 +1,84 @@
+"""Pictures of what a run learned. The only place where matplotlib is imported."""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..image_processing_ldae import LDAEImageProcessor
+from ..modeling_ldae import LDAEForPreTraining
+from ..patch_tokenizers import unpatchify
+
+
+def denoising_figure(
+    model: LDAEForPreTraining,
+    processor: LDAEImageProcessor,
+    pixels: torch.Tensor,
+    path: str | Path,
+    *,
+    timesteps: tuple[int, ...] | None = None,
+    num_filters: int = 16,
+    seed: int = 0,
+) -> Path:
+    """Paints clean · noisy · denoised images at several noise levels, and the first PCA filters (Figures 4 and 8).
+
+    Args:
+        pixels: (n,C,H,W) uint8 crops, a few; one row each.
+        path: the picture's file, `.png` or `.svg`.
+        timesteps: noise levels; default about a quarter, a half and all of the schedule.
+        num_filters: how many of the K directions are shown.
+        seed: of the noise.
+
+    Returns:
+        `path`.
+    """
+    model.check_processor(processor)
+    levels = model.config.num_noise_levels
+    timesteps = timesteps or tuple(sorted({(levels - 1) * part // 4 for part in (1, 2, 4)}))
+    images = processor.normalize_pixels(pixels)
+    was_training, generator = model.training, torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(images), processor.num_patches, processor.latent_dim, generator=generator)
+    columns = [("clean", images)]
+    with torch.inference_mode():
+        model.eval()
+        for timestep in timesteps:
+            noisy, restored = model.denoise(images.to(model.device), timestep, noise)
+            sigma = model.ldae.schedule.sigmas[timestep].item()
+            columns += [(f"noisy, σ {sigma:.2f}", noisy.cpu()), ("denoised", restored.cpu())]
+        model.train(was_training)
+
+    rows = len(images)
+    figure = Figure(figsize=(1.25 * len(columns), 1.25 * rows + 0.3 + 0.62 * -(-num_filters // 8)), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.25 * rows + 0.3, 0.62 * -(-num_filters // 8)))
+    axes = upper.subplots(rows, len(columns), squeeze=False)
+    for column, (title, pictures) in enumerate(columns):
+        axes[0, column].set_title(title, fontsize=8)
+        for row in range(rows):
+            _show(axes[row, column], _to_unit(pictures[row], processor))
+    filters = processor.components[: min(num_filters, processor.latent_dim)].float()
+    filters = unpatchify(filters[:, None], processor.patch_size, (1, 1))
+    grid = lower.subplots(-(-num_filters // 8), 8, squeeze=False).flatten()
+    for axis in grid:
+        axis.axis("off")
+    for axis, weights in zip(grid, filters):
+        _show(axis, 0.5 + weights / (2 * weights.abs().max()))
+    lower.suptitle(f"first {len(filters)} of {processor.latent_dim} PCA directions of {processor.patch_size}x"
+                   f"{processor.patch_size} patches", fontsize=8)  # fmt: skip
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(path, dpi=160)
+    return path
+
+
+def _to_unit(image: torch.Tensor, processor: LDAEImageProcessor) -> torch.Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    return image * std + mean
+
+
+def _show(axis, image: torch.Tensor) -> None:
+    axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.axis("off")

@@ -1,0 +1,257 @@
+"""Images from a `datasets.IterableDataset`, whose rows come in shards and can only be read one after the other.
+
+Shards are dealt out to processes and, within them, to the workers of the data loader. `datasets` loses the content of
+its shuffle buffer when a stream is resumed, so the rows are shuffled here: block by block, each in an order that is a
+pure function of the seed. The state of a stream is then a few integers, and reading one block again restores it.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator
+from itertools import islice
+
+import fsspec
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+from .sampling import SampleMaker, random_generator
+
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 100  # unreadable images in a row, before this is taken for a fault of the data set
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used; the message is the reason."""
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stacks samples to tensors; `bad_images` becomes one list."""
+    bad_images = [bad for sample in samples for bad in sample["bad_images"]]
+    fields = [{name: value for name, value in sample.items() if name != "bad_images"} for sample in samples]
+    return default_collate(fields) | {"bad_images": bad_images}
+
+
+def process_shards(num_shards: int, rank: int, world_size: int) -> tuple[list[int], int]:
+    """The shards that a process reads, and the step at which it takes rows from them.
+
+    Whole shards if they can be shared evenly; else every process reads all shards and keeps one row in `world_size`.
+    """
+    if num_shards % world_size == 0:
+        return list(range(rank, num_shards, world_size)), 1
+    return list(range(num_shards)), world_size
+
+
+def read_rows(
+    source, shards: list[int], rank: int, world_size: int, place: int = 0, row: int = 0
+) -> Iterator[tuple[int, int, str, dict]]:
+    """One pass over `shards`, from row `row` of `shards[place]` on: (place, row, name, content) of every row."""
+    # fsspec's event loop does not survive the fork of a worker.
+    fsspec.asyn.reset_lock()
+    num_shards = source.dataset.num_shards
+    _, step = process_shards(num_shards, rank, world_size)
+    for place in range(place, len(shards)):
+        shard = source.dataset.shard(num_shards=num_shards, index=shards[place])
+        if row:
+            shard = shard.skip(row * step)
+        if step > 1:
+            shard = split_dataset_by_node(shard, rank, world_size)
+        # `iter` and not `__iter__`: the latter would deal out the rows to the workers once more.
+        batches = shard.iter(batch_size=16)
+        try:
+            for columns in batches:
+                for content in zip(*columns.values(), strict=True):
+                    name = f"{shards[place]}:{row * step + (rank if step > 1 else 0)}"
+                    yield place, row, name, dict(zip(columns, content, strict=True))
+                    row += 1
+        finally:
+            # A Parquet scan that is left half-way keeps a thread, and the process may hang or abort at its exit
+            # (apache/arrow issue 45214) unless its reference cycle is collected here.
+            batches.close()
+            del batches, shard
+            gc.collect()
+        row = 0
+
+
+class OrderedStream(IterableDataset):
+    """One pass over a process's share, in order; an unreadable image is left out and listed.
+
+    Yields the dictionaries of `make` with `bad_images`. In one process and one worker, `sample_ids` number the rows of
+    the stream.
+    """
+
+    def __init__(self, source, make: SampleMaker, rank: int = 0, world_size: int = 1):
+        self.source, self.make, self.rank, self.world_size = source, make, rank, world_size
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
+        shards, _ = process_shards(self.source.dataset.num_shards, self.rank, self.world_size)
+        rows = read_rows(self.source, shards[lane::lanes], self.rank, self.world_size)
+        # A sample waits until the next one is there, to take along what is unreadable between them or at the end.
+        sample, bad_images = None, []
+        for count, (_, _, name, content) in enumerate(rows):
+            try:
+                image, label = self.source.read(content)
+            except BadImageError as error:
+                bad_images.append(self.source.describe_bad(name, content, error))
+                continue
+            if sample is not None:
+                yield sample | {"bad_images": bad_images}
+                bad_images = []
+            sample = self.make(image, label, 0, (count * lanes + lane) * self.world_size + self.rank)
+        if sample is not None:
+            yield sample | {"bad_images": bad_images}
+        elif bad_images:
+            raise ValueError(f"No image of {self.source.name} can be read; the first one: {bad_images[0]['reason']}")
+
+
+class _ShuffledStream(IterableDataset):
+    """Endless batches of one process, each with its lane and the state in which this leaves the lane.
+
+    A lane is the share of one worker: shards in an order that changes with the epoch, rows shuffled in blocks.
+    """
+
+    def __init__(self, source, make, batch_size, seed, rank, world_size, shuffle_buffer, lanes, num_batches):
+        self.source, self.make, self.batch_size, self.seed = source, make, batch_size, seed
+        self.rank, self.world_size, self.shuffle_buffer = rank, world_size, shuffle_buffer
+        self.lanes, self.num_batches = lanes, num_batches
+
+    def __iter__(self) -> Iterator[tuple[int, dict, dict]]:
+        worker = get_worker_info()
+        # The data loader asks its workers in turn and begins with the first: after k batches, that is lane k.
+        lane = ((worker.id if worker else 0) + self.num_batches) % len(self.lanes)
+        samples = self._samples(lane, self.lanes[lane])
+        while True:
+            batch = list(islice(samples, self.batch_size))
+            yield lane, batch[-1][1], collate([sample for sample, _ in batch])
+
+    def _samples(self, lane: int, state: dict) -> Iterator[tuple[dict, dict]]:
+        roles = self.world_size * len(self.lanes)
+        role = self.rank * len(self.lanes) + lane
+        shards, _ = process_shards(self.source.dataset.num_shards, self.rank, self.world_size)
+        shards = shards[lane :: len(self.lanes)]
+        count, bad_images, in_a_row = state["count"], [], 0
+        while True:
+            epoch = state["epoch"]
+            order = random_generator(self.seed, "shards", epoch, role).permutation(len(shards))
+            ordered = [shards[i] for i in order]
+            rows = read_rows(self.source, ordered, self.rank, self.world_size, state["shard"], state["row"])
+            while block := list(islice(rows, self.shuffle_buffer)):
+                generator = random_generator(self.seed, "buffer", epoch, state["block"] * roles + role)
+                order = generator.permutation(len(block))
+                for offset in range(state["offset"], len(block)):
+                    _, _, name, content = block[order[offset]]
+                    try:
+                        image, label = self.source.read(content)
+                    except BadImageError as error:
+                        bad_images.append(self.source.describe_bad(name, content, error))
+                        in_a_row += 1
+                        if in_a_row == MAX_TRIES:
+                            raise ValueError(
+                                f"{MAX_TRIES} images in a row of {self.source.name} cannot be read; the last one: {error}"
+                            ) from error
+                        continue
+                    sample = self.make(image, label, epoch, count * roles + role)
+                    count += 1
+                    yield sample | {"bad_images": bad_images}, state | {"offset": offset + 1, "count": count}
+                    bad_images, in_a_row = [], 0
+                place, row, _, _ = block[-1]
+                state = state | {"shard": place, "row": row + 1, "block": state["block"] + 1, "offset": 0}
+            if count == 0:
+                raise ValueError(
+                    f"Worker {lane} of process {self.rank} finds no readable image in its shards of {self.source.name}."
+                )
+            state = {"epoch": epoch + 1, "shard": 0, "row": 0, "block": 0, "offset": 0}
+
+
+class StreamingLoader:
+    """Micro-batches of one process from a stream, up to `num_batches`; can be saved and resumed exactly.
+
+    A lane that is through its shards begins anew, so that every process always has a batch. `sample_ids` are running
+    positions, different in all workers of all processes.
+
+    Args:
+        source: an `ImageSource` over a stream. make: makes samples of images.
+        batch_size: images of a micro-batch. num_batches: how many, counted from the beginning of the training.
+        num_workers: at most the number of shards of a process is used.
+        shuffle_buffer: rows of a block, which a worker holds in memory as compressed images.
+
+    Raises:
+        ValueError: `shuffle_buffer` is less than 1.
+    """
+
+    def __init__(
+        self,
+        source,
+        make: SampleMaker,
+        batch_size: int,
+        num_batches: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+        pin_memory: bool = False,
+    ):
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {shuffle_buffer}, but must be at least 1 row.")
+        shards, _ = process_shards(source.dataset.num_shards, rank, world_size)
+        if num_workers > len(shards):
+            logger.warning("%s has %d shard(s) for a process: as many workers.", source.name, len(shards))
+        self.num_workers = min(num_workers, len(shards))
+        self.source, self.make, self.num_batches, self.pin_memory = source, make, num_batches, pin_memory
+        self.layout = {
+            "seed": seed,
+            "rank": rank,
+            "world_size": world_size,
+            "num_workers": self.num_workers,
+            "num_shards": source.dataset.num_shards,
+            "batch_size": batch_size,
+            "shuffle_buffer": shuffle_buffer,
+        }
+        start = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "offset": 0, "count": 0}
+        self.batches_done, self.lanes = 0, [start] * max(1, self.num_workers)
+
+    def __len__(self) -> int:
+        return max(0, self.num_batches - self.batches_done)
+
+    def __iter__(self) -> Iterator[dict]:
+        """Goes on behind the last batch that was given out."""
+        layout = self.layout
+        stream = _ShuffledStream(
+            self.source,
+            self.make,
+            layout["batch_size"],
+            layout["seed"],
+            layout["rank"],
+            layout["world_size"],
+            layout["shuffle_buffer"],
+            list(self.lanes),
+            self.batches_done,
+        )
+        loader = DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        for lane, state, batch in islice(loader, len(self)):
+            self.lanes[lane] = state
+            self.batches_done += 1
+            yield batch
+
+    def state_dict(self) -> dict:
+        """Where the last batch that was given out ends: integers only, for JSON. Each process has its own."""
+        return {"layout": dict(self.layout), "batches_done": self.batches_done, "lanes": list(self.lanes)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where a saved state ends.
+
+        Raises:
+            ValueError: the state was saved by another layout of processes, workers, batches or shards.
+        """
+        for name, value in self.layout.items():
+            if state["layout"][name] != value:
+                raise ValueError(
+                    f"The stream's position was saved with {name}={state['layout'][name]}, not {value}; "
+                    "a stream can only be resumed on the layout that saved it."
+                )
+        self.batches_done, self.lanes = state["batches_done"], list(state["lanes"])

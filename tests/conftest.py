@@ -1,0 +1,29 @@
+"""Settings that must stand before a Hugging Face library is imported, and the fixtures that all tests share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+_hf_home = tempfile.TemporaryDirectory(prefix="ldae-hf-home-", ignore_cleanup_errors=True)
+os.environ |= {
+    "HF_HOME": _hf_home.name,  # nothing is read from, or left in, the user's cache
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_XET": "1",  # else the Hub client asks a server for a token
+    "MPLBACKEND": "Agg",
+}
+# Tests are small: threads would cost more than they bring, and their number changes the last bits of a sum.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def ldae_data() -> Path:
+    """The folder of image sets that $LDAE_DATA names."""
+    if not os.environ.get("LDAE_DATA"):
+        pytest.skip("LDAE_DATA is not set: this test reads a data set from the folder that it names")
+    folder = Path(os.environ["LDAE_DATA"])
+    if not folder.is_dir():
+        pytest.skip(f"LDAE_DATA={folder} is not a folder")
+    return folder

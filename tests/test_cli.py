@@ -1,0 +1,83 @@
+import pytest
+from typer.testing import CliRunner
+
+from ldae_hf.cli import app
+from ldae_hf.recipes import load_recipe, recipe_names, tier_names
+
+
+def ldae(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_tree_shows_every_recipe_with_the_papers_number_and_every_tier():
+    result = ldae("recipes", "tree")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for name in recipe_names():
+        (line,) = [line for line in lines if line.lstrip(" │├└─").split(" ")[0] == name]
+        assert str(load_recipe(name).paper["linear_probe_top1"]) in line
+    for tier in tier_names():
+        assert any(line.startswith(f"  {tier} ") for line in lines)
+    assert any("train.epochs: 400 → 800" in line for line in lines)
+
+
+def test_show_says_who_set_each_value():
+    result = ldae("recipes", "show", "size_b", "--tier", "cpu", "--set", "train.epochs=2")
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "size: cpu_b # tier cpu" in lines
+    assert "crop: random_resized # random_crop" in lines
+    assert "epochs: 2 # override" in lines
+    assert "patch_size: 8 # tier cpu" in lines
+    assert "tokenizer: patch_pca" in lines
+
+
+def test_diff_shows_only_what_differs():
+    result = ldae("recipes", "diff", "l_dae", "epochs_800")
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert rows == [
+        ["key", "l_dae", "epochs_800"],
+        ["data.crop", "centre", "random_resized"],
+        ["train.epochs", "400", "800"],
+    ]
+
+
+def test_diff_says_so_when_a_tier_makes_two_recipes_equal():
+    result = ldae("recipes", "diff", "l_dae", "random_crop", "--tier", "desk")
+    assert result.stdout == "l_dae (tier desk) and random_crop (tier desk) have the same values.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "sizeb"], "recipe 'sizeb' is unknown; did you mean 'size_b'?"),
+        (["show", "l_dae", "--tier", "gpu"], "tier 'gpu' is unknown"),
+        (["show", "l_dae", "--set", "train.epoch=2"], "key 'train.epoch' is unknown; did you mean 'train.epochs'?"),
+        (["diff", "l_dae", "size_b", "--tier", "cifar10"], "model.size has no translation for 'b'"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_2(arguments, message):
+    result = ldae("recipes", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ") and message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
+    def broken():
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("ldae_hf.cli.tree_text", broken)
+    assert isinstance(ldae("recipes", "tree").exception, ValueError)
+
+
+@pytest.mark.parametrize("command", [[], ["recipes"], ["recipes", "tree"], ["recipes", "show"], ["recipes", "diff"]])
+def test_every_command_explains_itself(command):
+    result = ldae(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout and len(result.stdout.splitlines()) > 5
+
+
+def test_a_bare_command_shows_its_help():
+    assert "ldae recipes tree" in ldae().output
