@@ -3,7 +3,7 @@
     python benchmarks/pca.py                 # 1,000,000 patches of 16x16x3: minutes, and 7 GiB for scikit-learn's PCA
     python benchmarks/pca.py --rows 50000    # a quick look
 
-Each method runs in a process of its own, which makes its data from the seed (not timed), and reports its seconds and its
+Each method runs in a process of its own, which makes its data from the seed (not timed) and reports its seconds and its
 peak memory, libraries included. `PatchCovariance` and `IncrementalPCA` see the patches in chunks, as they would come
 from images (larger ones than scikit-learn's default, which helps it); `PCA` needs all of them at once, in float64.
 """

@@ -6,8 +6,13 @@ accelerate are loaded at first use.
 
 from importlib import import_module
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers import AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
 
 from .configuration_ldae import SIZES, LDAEConfig
 from .image_processing_ldae import LDAEImageProcessor
@@ -32,7 +37,7 @@ AutoConfig.register("ldae", LDAEConfig, exist_ok=True)
 AutoModel.register(LDAEConfig, LDAEModel, exist_ok=True)
 AutoModelForPreTraining.register(LDAEConfig, LDAEForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(LDAEConfig, LDAEForImageClassification, exist_ok=True)
-# One class serves both back ends: it needs Pillow only, and "torchvision" is what transformers asks for where it is installed.
+# One class serves both back ends: it needs Pillow only, and "torchvision" is asked for where torchvision is installed.
 AutoImageProcessor.register(
     LDAEConfig,
     image_processor_classes={"pil": LDAEImageProcessor, "torchvision": LDAEImageProcessor},

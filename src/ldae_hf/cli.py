@@ -1,5 +1,6 @@
 """The `ldae` command: one thin command per job, which imports what it needs when it runs, so that help is quick."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from ldae_hf.recipes.display import diff_text, show_text, tree_text
 
 
 # What a user can get wrong and mend; the message is the whole answer. Anything else is a bug and shows its traceback.
-USER_ERRORS = (RecipeError,)
+USER_ERRORS = (ValueError,)
 
 
 class PlainErrors(TyperGroup):
@@ -85,6 +86,50 @@ def recipes_diff(first: RecipeName, second: RecipeName, tier: Tier = None):
     ldae recipes diff random_crop size_b --tier desk
     """
     typer.echo(diff_text(load_recipe(first, tier), load_recipe(second, tier)))
+
+
+@app.command()
+def pretrain(
+    output_dir: Annotated[Path, typer.Option(help="The run's folder; the same command goes on with what it holds.")],
+    recipe: RecipeName = "l_dae",
+    tier: Tier = None,
+    overrides: Overrides = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Images instead of the recipe's: a Hub name, or a folder of images or Parquet.")
+    ] = None,
+    streaming: Annotated[bool, typer.Option(help="Read the data set from the Hub while training.")] = False,
+    image_column: Annotated[str | None, typer.Option(help="The column of images; detected if not given.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The column of labels; detected if not given.")] = None,
+    processor: Annotated[Path | None, typer.Option(help="A folder with a fitted processor, instead of a new fit.")] = None,
+    seed: Annotated[int, typer.Option(help="Of initialisation, order, crops, timesteps and noise.")] = 0,
+    per_device_batch_size: Annotated[
+        int | None, typer.Option(help="Images of one forward pass; the rest of the global batch is accumulated.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
+    mixed_precision: Annotated[str, typer.Option(help="bf16 or no.")] = "bf16",
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager or flash_attention_2; by default what suits the device.")
+    ] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations, for memory.")] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile the model.")] = False,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default one epoch.")] = None,
+    keep_checkpoints: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
+    log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 20,
+    report_to: Annotated[list[str] | None, typer.Option(help="A tracker beside the log, e.g. tensorboard.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this step, with a checkpoint.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
+):
+    """Pre-train l-DAE; running the same command again resumes.
+
+    \b
+    ldae pretrain l_dae --tier cifar10 --output-dir runs/cifar10
+    ldae pretrain random_crop --dataset path/to/images --output-dir runs/mine
+    accelerate launch examples/pretrain.py size_l --output-dir runs/large        (several GPUs)
+    """
+    options = dict(locals())  # each option is the argument of the same name
+    from ldae_hf.training import pretrain
+
+    pretrain(**options | {"overrides": overrides or (), "report_to": report_to or ()})
 
 
 app.add_typer(recipes, name="recipes")

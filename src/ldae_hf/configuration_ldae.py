@@ -1,4 +1,4 @@
-"""The configuration of l-DAE (arXiv 2401.14404): the four keys of the path, the sizes, and which of them go together."""
+"""The configuration of l-DAE (arXiv 2401.14404): the sizes, the four keys of the path, and what goes together."""
 
 import math
 from difflib import get_close_matches
@@ -11,9 +11,7 @@ from transformers.activations import ACT2FN
 # Width, blocks of encoder and decoder, heads. The decoder always has the encoder's size. "half_l" is the paper's
 # ViT-1/2L: the first 12 of DiT-L's 24 blocks are its encoder (section 4). The others are for desks, not in the paper.
 SIZES = {
-    name: dict(
-        hidden_size=width, num_hidden_layers=blocks, decoder_num_hidden_layers=blocks, num_attention_heads=heads
-    )
+    name: dict(hidden_size=width, num_hidden_layers=blocks, decoder_num_hidden_layers=blocks, num_attention_heads=heads)
     for name, width, blocks, heads in (
         ("l", 1024, 24, 16),
         ("half_l", 1024, 12, 16),
@@ -24,6 +22,7 @@ SIZES = {
         ("cpu_l", 128, 6, 4),
         ("cpu_half_l", 128, 3, 4),
         ("cpu_b", 96, 3, 3),
+        ("cifar10", 192, 3, 3),
         ("quickstart", 128, 2, 4),
     )
 }

@@ -3,8 +3,9 @@
 B images · C channels · H, W pixels · N tokens · P = patch_size² · C values of a patch · K latent values of a token
 D width · T noise levels · V the first K principal directions of patches · s the latent scale
 
-    patches p -> latents z = s V (p - mean) -> noisy latents z_t = gamma_t z + sigma_t eps -> image x_t = mean + Vᵀ z_t / s
-    -> ViT encoder -> ViT decoder -> restored image, compared with p in the PCA space (Eq. 4).
+    patches p -> latents z = s V (p - mean) -> noisy latents z_t = gamma_t z + sigma_t eps
+    -> image x_t = mean + Vᵀ z_t / s -> ViT encoder -> ViT decoder
+    -> restored image, compared with p in the PCA space (Eq. 4).
 """
 
 import math
@@ -298,7 +299,8 @@ class LDAEPreTrainedModel(PreTrainedModel):
     _keys_that_may_be_new: tuple[str, ...] = ()
 
     def __init__(self, config: LDAEConfig, *args, **kwargs):
-        config.validate()  # keys that from_pretrained(..., key=value) changed were set after the configuration's own check
+        config.validate_values()  # again: a configuration can be changed after its own check
+        config.validate_pairs()
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -321,10 +323,11 @@ class LDAEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.head.weight)
                 init.zeros_(module.head.bias)
         elif isinstance(module, PatchPCA):
-            for buffer, value in zip((module.components, module.mean, module.explained_variance), module.unfitted()):
+            buffers = (module.components, module.mean, module.explained_variance)
+            for buffer, value in zip(buffers, module.unfitted(), strict=True):
                 init.copy_(buffer, value)
         elif isinstance(module, NoiseSchedule):
-            for buffer, value in zip((module.gammas, module.sigmas), module.tables()):
+            for buffer, value in zip((module.gammas, module.sigmas), module.tables(), strict=True):
                 init.copy_(buffer, value)
         elif isinstance(module, LDAEModel):
             init.copy_(module.position_embeddings, sincos_positions(self.config.hidden_size, module.grid))
@@ -350,17 +353,18 @@ class LDAEPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         missing, mismatched = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
-        may_be_new = missing | mismatched if ignore_mismatched_sizes else missing - mismatched
-        may_be_new = {key for key in may_be_new if key.startswith(cls._keys_that_may_be_new)}
-        lacking = sorted((missing | mismatched) - may_be_new)
+        head = {key for key in model.state_dict() if key.startswith(cls._keys_that_may_be_new)}
+        new = head if head <= missing else set()  # a part of a head is a damaged head
+        new |= head & mismatched if ignore_mismatched_sizes else set()
+        lacking = sorted((missing | mismatched) - new)
         if lacking:
             raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold all weights of {cls.__name__}: {len(lacking)} are missing "
-                f"or have another shape, the first is {lacking[0]!r}; load the class that was saved "
-                "(an encoder has no decoder), or train one."
+                f"{pretrained_model_name_or_path} does not hold all weights of {cls.__name__}: {len(lacking)} are "
+                f"missing or have another shape, the first is {lacking[0]!r}; load the class and the configuration "
+                "that were saved (an encoder has no decoder), or train one."
             )
         schedule = model.base_model.schedule  # its tables follow the configuration, even if noise_schedule was changed
-        for table, value in zip((schedule.gammas, schedule.sigmas), schedule.tables()):
+        for table, value in zip((schedule.gammas, schedule.sigmas), schedule.tables(), strict=True):
             table.copy_(value)
         return (model, info) if output_loading_info else model
 

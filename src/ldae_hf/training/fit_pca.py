@@ -31,7 +31,9 @@ def fit_processor(
         folder: where the run keeps its processor. given: a folder with a fitted processor.
         loading: image size, crop and seed, as for `train_loader`.
     """
-    if (folder / "preprocessor_config.json").is_file():
+    already_there = (folder / "preprocessor_config.json").is_file()
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if already_there:
         return LDAEImageProcessor.from_pretrained(folder)
     if given is not None:
         processor = LDAEImageProcessor.from_pretrained(given)

@@ -97,7 +97,7 @@ def pretrain(
 
     # ---- resolve: what this run is
     recipe: Recipe = load_recipe(recipe, tier, overrides)
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=list(report_to), project_dir=output_dir)
+    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=list(report_to) or None, project_dir=output_dir)
     data = recipe.data
     source = load_images(
         data["dataset"] if dataset is None else dataset,
@@ -168,6 +168,14 @@ def pretrain(
             save_checkpoint(folder, step, model, optimizer, ema, state, add_processor_and_recipe, keep_checkpoints)
         accelerator.wait_for_everyone()
 
+    def evaluate() -> None:
+        if accelerator.is_main_process:
+            model.eval()
+            for evaluation in evaluations:
+                log.write_evaluation(step, evaluation(model, processor))
+            model.train()
+        accelerator.wait_for_everyone()
+
     def add_processor_and_recipe(path: Path) -> None:
         processor.save_pretrained(path)
         recipe.save(path)
@@ -175,7 +183,6 @@ def pretrain(
     last_step = plan.total_steps if max_steps is None else min(max_steps, plan.total_steps)
     checkpoint_every = checkpoint_every or plan.steps_per_epoch
     evaluate_every = evaluate_every or plan.steps_per_epoch
-    saved_at = step
     bar = tqdm(
         total=plan.total_steps * plan.global_batch_size,
         initial=step * plan.global_batch_size,
@@ -184,8 +191,8 @@ def pretrain(
         desc=recipe.title,
         disable=not accelerator.is_main_process,
     )
-    while step < last_step:
-        # ---- step: one global batch
+    while step < last_step:  # one global batch each
+        # ---- step
         total_loss, waited, began = 0.0, 0.0, time.monotonic()
         for micro_step in range(plan.accumulation):
             wait_began = time.monotonic()
@@ -205,7 +212,9 @@ def pretrain(
         learning_rate = plan.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train["max_grad_norm"] or math.inf)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        if recipe.train["max_grad_norm"] is not None:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.train["max_grad_norm"], norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
@@ -215,34 +224,26 @@ def pretrain(
         # ---- report
         bar.update(plan.global_batch_size)
         log.add(total_loss, norm, waited, time.monotonic() - began, plan.global_batch_size)
-        is_end = step == plan.total_steps
-        if step % log_every == 0 or step == last_step:
+        out_of_time = _agreed(accelerator, max_minutes is not None and time.monotonic() - started > 60 * max_minutes)
+        is_end = step == last_step or out_of_time
+        saves = step % checkpoint_every == 0 or is_end
+        if step % log_every == 0 or saves:
             line = log.write(step, epoch=step / plan.steps_per_epoch, learning_rate=learning_rate)
             if not math.isfinite(line["loss"]):
                 raise RunError(
                     f"The loss is {line['loss']} at step {step}; the last checkpoint in {folder} is intact: "
-                    "run again with a smaller train.base_learning_rate or with --mixed-precision no."
+                    "start again with a smaller train.base_learning_rate or without mixed precision."
                 )
             bar.set_postfix(loss=f"{line['loss']:.4f}", wait=f"{line['data_wait']:.0%}", lr=f"{learning_rate:.1e}")
-        if evaluations and (step % evaluate_every == 0 or is_end):
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                model.eval()
-                for evaluation in evaluations:
-                    log.write_evaluation(step, evaluation(model, processor))
-                model.train()
-            accelerator.wait_for_everyone()
 
         # ---- save
-        out_of_time = _agreed(accelerator, max_minutes is not None and time.monotonic() - started > 60 * max_minutes)
-        if step % checkpoint_every == 0 or step == last_step or out_of_time:
+        if saves:
             save_state()
-            saved_at = step
-        if out_of_time:
+        if evaluations and (step % evaluate_every == 0 or step == plan.total_steps):
+            evaluate()
+        if is_end:
             break
     bar.close()
-    if accelerator.is_main_process and step > saved_at:
-        save_state()
     log.close()
 
     if step < plan.total_steps:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, default_collate
 
 from ..image_processing_ldae import centre_box, resize_crop
 
@@ -57,7 +57,7 @@ def random_resized_box(
             return left, upper, left + box_width, upper + box_height
     # A very long image: the largest centred box of an allowed ratio.
     ratio = min(max(width / height, _ASPECT_RATIOS[0]), _ASPECT_RATIOS[1])
-    box_width, box_height = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    box_width, box_height = min(width, round(height * ratio)), min(height, round(width / ratio))
     left, upper = (width - box_width) // 2, (height - box_height) // 2
     return left, upper, left + box_width, upper + box_height
 
@@ -137,13 +137,20 @@ class SampleMaker:
         return sample
 
 
+def collate(samples: list[dict]) -> dict:
+    """Stacks samples to tensors; `bad_images` becomes one list."""
+    bad_images = [bad for sample in samples for bad in sample["bad_images"]]
+    fields = [{name: value for name, value in sample.items() if name != "bad_images"} for sample in samples]
+    return default_collate(fields) | {"bad_images": bad_images}
+
+
 def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """How many micro-batches each process sees in a step.
 
     Raises:
         ValueError: the global batch does not divide evenly.
     """
-    if global_batch_size % (micro_batch_size * world_size):
+    if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world_size):
         raise ValueError(
             f"A global batch of {global_batch_size} images cannot be split into batches of {micro_batch_size} on "
             f"{world_size} process(es); choose a batch size that divides {global_batch_size / world_size:g}."

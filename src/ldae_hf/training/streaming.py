@@ -10,27 +10,15 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
-import fsspec
+import fsspec.asyn
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .sampling import SampleMaker, random_generator
+from .sampling import SampleMaker, collate, random_generator
+from .sources import MAX_TRIES, BadImageError, ImageSource
 
 
 logger = logging.getLogger(__name__)
-
-MAX_TRIES = 100  # unreadable images in a row, before this is taken for a fault of the data set
-
-
-class BadImageError(ValueError):
-    """An image that cannot be used; the message is the reason."""
-
-
-def collate(samples: list[dict]) -> dict:
-    """Stacks samples to tensors; `bad_images` becomes one list."""
-    bad_images = [bad for sample in samples for bad in sample["bad_images"]]
-    fields = [{name: value for name, value in sample.items() if name != "bad_images"} for sample in samples]
-    return default_collate(fields) | {"bad_images": bad_images}
 
 
 def process_shards(num_shards: int, rank: int, world_size: int) -> tuple[list[int], int]:
@@ -44,33 +32,36 @@ def process_shards(num_shards: int, rank: int, world_size: int) -> tuple[list[in
 
 
 def read_rows(
-    source, shards: list[int], rank: int, world_size: int, place: int = 0, row: int = 0
+    source: ImageSource, shards: list[int], rank: int, world_size: int, start_place: int = 0, start_row: int = 0
 ) -> Iterator[tuple[int, int, str, dict]]:
-    """One pass over `shards`, from row `row` of `shards[place]` on: (place, row, name, content) of every row."""
+    """One pass over `shards` from a row on: (place in `shards`, row of the shard, name, content) of every row."""
     # fsspec's event loop does not survive the fork of a worker.
     fsspec.asyn.reset_lock()
     num_shards = source.dataset.num_shards
     _, step = process_shards(num_shards, rank, world_size)
-    for place in range(place, len(shards)):
+    row = start_row
+    for place in range(start_place, len(shards)):
         shard = source.dataset.shard(num_shards=num_shards, index=shards[place])
         if row:
             shard = shard.skip(row * step)
         if step > 1:
             shard = split_dataset_by_node(shard, rank, world_size)
         # `iter` and not `__iter__`: the latter would deal out the rows to the workers once more.
-        batches = shard.iter(batch_size=16)
+        batches, exhausted = shard.iter(batch_size=16), False
         try:
             for columns in batches:
                 for content in zip(*columns.values(), strict=True):
                     name = f"{shards[place]}:{row * step + (rank if step > 1 else 0)}"
                     yield place, row, name, dict(zip(columns, content, strict=True))
                     row += 1
+            exhausted = True
         finally:
-            # A Parquet scan that is left half-way keeps a thread, and the process may hang or abort at its exit
-            # (apache/arrow issue 45214) unless its reference cycle is collected here.
-            batches.close()
-            del batches, shard
-            gc.collect()
+            if not exhausted:
+                # A Parquet scan that is left half-way keeps a thread, and the process may hang or abort at its exit
+                # (apache/arrow issue 45214) unless its reference cycle is collected here.
+                batches.close()
+                del batches
+                gc.collect()
         row = 0
 
 
@@ -81,7 +72,7 @@ class OrderedStream(IterableDataset):
     the stream.
     """
 
-    def __init__(self, source, make: SampleMaker, rank: int = 0, world_size: int = 1):
+    def __init__(self, source: ImageSource, make: SampleMaker, rank: int = 0, world_size: int = 1):
         self.source, self.make, self.rank, self.world_size = source, make, rank, world_size
 
     def __iter__(self) -> Iterator[dict]:
@@ -113,56 +104,57 @@ class _ShuffledStream(IterableDataset):
     A lane is the share of one worker: shards in an order that changes with the epoch, rows shuffled in blocks.
     """
 
-    def __init__(self, source, make, batch_size, seed, rank, world_size, shuffle_buffer, lanes, num_batches):
-        self.source, self.make, self.batch_size, self.seed = source, make, batch_size, seed
-        self.rank, self.world_size, self.shuffle_buffer = rank, world_size, shuffle_buffer
-        self.lanes, self.num_batches = lanes, num_batches
+    def __init__(self, source: ImageSource, make: SampleMaker, layout: dict, lanes: list[dict], batches_done: int):
+        self.source, self.make, self.layout = source, make, layout
+        self.lanes, self.batches_done = lanes, batches_done
 
     def __iter__(self) -> Iterator[tuple[int, dict, dict]]:
         worker = get_worker_info()
         # The data loader asks its workers in turn and begins with the first: after k batches, that is lane k.
-        lane = ((worker.id if worker else 0) + self.num_batches) % len(self.lanes)
+        lane = ((worker.id if worker else 0) + self.batches_done) % len(self.lanes)
         samples = self._samples(lane, self.lanes[lane])
         while True:
-            batch = list(islice(samples, self.batch_size))
+            batch = list(islice(samples, self.layout["batch_size"]))
             yield lane, batch[-1][1], collate([sample for sample, _ in batch])
 
     def _samples(self, lane: int, state: dict) -> Iterator[tuple[dict, dict]]:
-        roles = self.world_size * len(self.lanes)
-        role = self.rank * len(self.lanes) + lane
-        shards, _ = process_shards(self.source.dataset.num_shards, self.rank, self.world_size)
-        shards = shards[lane :: len(self.lanes)]
-        count, bad_images, in_a_row = state["count"], [], 0
+        """Samples of a lane, each with the state behind it; one takes along the unreadable images before it."""
+        lanes, rank, world_size = len(self.lanes), self.layout["rank"], self.layout["world_size"]
+        role, roles = rank * lanes + lane, world_size * lanes
+        count, bad_images = state["count"], []
+        for epoch, name, content, position in self._shuffled_rows(lane, role, roles, state):
+            try:
+                image, label = self.source.read(content)
+            except BadImageError as error:
+                bad_images.append(self.source.describe_bad(name, content, error))
+                if len(bad_images) == MAX_TRIES:
+                    raise ValueError(
+                        f"{MAX_TRIES} images in a row of {self.source.name} cannot be read; the last one: {error}"
+                    ) from error
+                continue
+            sample = self.make(image, label, epoch, count * roles + role)
+            count += 1
+            yield sample | {"bad_images": bad_images}, position | {"count": count}
+            bad_images = []
+
+    def _shuffled_rows(self, lane: int, role: int, roles: int, state: dict) -> Iterator[tuple[int, str, dict, dict]]:
+        """Rows of a lane, epoch after epoch, in shuffled blocks: (epoch, name, content, state behind it)."""
+        seed, rank, world_size = (self.layout[name] for name in ("seed", "rank", "world_size"))
+        shards = process_shards(self.source.dataset.num_shards, rank, world_size)[0][lane :: len(self.lanes)]
         while True:
             epoch = state["epoch"]
-            order = random_generator(self.seed, "shards", epoch, role).permutation(len(shards))
+            order = random_generator(seed, "shards", epoch, role).permutation(len(shards))
             ordered = [shards[i] for i in order]
-            rows = read_rows(self.source, ordered, self.rank, self.world_size, state["shard"], state["row"])
-            while block := list(islice(rows, self.shuffle_buffer)):
-                generator = random_generator(self.seed, "buffer", epoch, state["block"] * roles + role)
-                order = generator.permutation(len(block))
+            rows = read_rows(self.source, ordered, rank, world_size, state["shard"], state["row"])
+            while block := list(islice(rows, self.layout["shuffle_buffer"])):
+                order = random_generator(seed, "buffer", epoch, state["block"] * roles + role).permutation(len(block))
                 for offset in range(state["offset"], len(block)):
                     _, _, name, content = block[order[offset]]
-                    try:
-                        image, label = self.source.read(content)
-                    except BadImageError as error:
-                        bad_images.append(self.source.describe_bad(name, content, error))
-                        in_a_row += 1
-                        if in_a_row == MAX_TRIES:
-                            raise ValueError(
-                                f"{MAX_TRIES} images in a row of {self.source.name} cannot be read; the last one: {error}"
-                            ) from error
-                        continue
-                    sample = self.make(image, label, epoch, count * roles + role)
-                    count += 1
-                    yield sample | {"bad_images": bad_images}, state | {"offset": offset + 1, "count": count}
-                    bad_images, in_a_row = [], 0
+                    yield epoch, name, content, state | {"offset": offset + 1}
                 place, row, _, _ = block[-1]
-                state = state | {"shard": place, "row": row + 1, "block": state["block"] + 1, "offset": 0}
-            if count == 0:
-                raise ValueError(
-                    f"Worker {lane} of process {self.rank} finds no readable image in its shards of {self.source.name}."
-                )
+                state = {"epoch": epoch, "shard": place, "row": row + 1, "block": state["block"] + 1, "offset": 0}
+            if state["block"] == 0:
+                raise ValueError(f"Worker {lane} of process {rank} finds no rows in its shards of {self.source.name}.")
             state = {"epoch": epoch + 1, "shard": 0, "row": 0, "block": 0, "offset": 0}
 
 
@@ -173,7 +165,7 @@ class StreamingLoader:
     positions, different in all workers of all processes.
 
     Args:
-        source: an `ImageSource` over a stream. make: makes samples of images.
+        source: over a stream. make: makes samples of images.
         batch_size: images of a micro-batch. num_batches: how many, counted from the beginning of the training.
         num_workers: at most the number of shards of a process is used.
         shuffle_buffer: rows of a block, which a worker holds in memory as compressed images.
@@ -184,7 +176,7 @@ class StreamingLoader:
 
     def __init__(
         self,
-        source,
+        source: ImageSource,
         make: SampleMaker,
         batch_size: int,
         num_batches: int,
@@ -220,18 +212,7 @@ class StreamingLoader:
 
     def __iter__(self) -> Iterator[dict]:
         """Goes on behind the last batch that was given out."""
-        layout = self.layout
-        stream = _ShuffledStream(
-            self.source,
-            self.make,
-            layout["batch_size"],
-            layout["seed"],
-            layout["rank"],
-            layout["world_size"],
-            layout["shuffle_buffer"],
-            list(self.lanes),
-            self.batches_done,
-        )
+        stream = _ShuffledStream(self.source, self.make, self.layout, list(self.lanes), self.batches_done)
         loader = DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
         for lane, state, batch in islice(loader, len(self)):
             self.lanes[lane] = state

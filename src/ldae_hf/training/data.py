@@ -1,0 +1,172 @@
+"""Data loaders: training samples in global batches, training crops for the PCA, centre crops for evaluation.
+
+Batches hold uint8 pixels, to be normalised on the device, and list the images that could not be read.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .sampling import Corruption, Crop, GlobalBatchSampler, SampleMaker, collate, micro_batches_per_step
+from .sources import BadImageError, ImageSource, load_images
+from .streaming import OrderedStream, StreamingLoader
+
+
+__all__ = ["BadImageError", "ImageSource", "crop_loader", "eval_loader", "load_images", "train_loader"]
+
+
+class _Samples(Dataset):
+    """Samples by (epoch, index). An unreadable image is replaced by the next one that is not; crop, timestep and noise
+    stay those of the position."""
+
+    def __init__(self, source: ImageSource, make: SampleMaker):
+        self.source, self.make = source, make
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        image, label, bad_images = self.source.read_or_replace(index)
+        return self.make(image, label, epoch, index) | {"bad_images": bad_images}
+
+
+class _InOrder(Sampler[tuple[int, int]]):
+    """Every `world_size`-th image once, as (epoch 0, index)."""
+
+    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
+        self.indices = range(rank, num_images, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((0, index) for index in self.indices)
+
+
+def train_loader(
+    source: ImageSource,
+    *,
+    image_size: int,
+    num_timesteps: int,
+    tokens_shape: tuple[int, int],
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_steps: int,
+    start_step: int = 0,
+    crop: str = "centre",
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    shuffle_buffer: int = 1000,
+    state: dict | None = None,
+) -> DataLoader | StreamingLoader:
+    """Micro-batches of one process for the global steps `start_step` ... `num_steps` - 1, across epochs.
+
+    A batch holds `pixel_values` (B,C,image_size,image_size) uint8, `labels`, `sample_ids` and `timesteps` (B,) int64,
+    `noise` (B,N,K) float32 and `bad_images`, a list of {index, path, reason}. Whatever the workers, processes and
+    micro-batches, a global step sees the same samples, in the same order, with the same crops, timesteps and noise.
+
+    A stream cannot promise this: there it holds for one layout, and `state_dict()` of the loader, given as `state`, is
+    needed to begin at another step than 0.
+
+    Args:
+        num_timesteps: t is uniform in 0...num_timesteps - 1. tokens_shape: (N,K) of the noise.
+        global_batch_size: images of a step. micro_batch_size: images of a batch, in one process.
+        crop, crop_scale, flip: as in [`Crop`].
+        seed: of order, crops, timesteps and noise.
+        num_workers: processes that decode images; 0 decodes in this one.
+        shuffle_buffer: rows that a stream shuffles together.
+
+    Raises:
+        ValueError: an argument is out of range, the data set is smaller than a global batch, the global batch does not
+            divide evenly, or the state does not fit.
+    """
+    make = SampleMaker(
+        Crop(image_size, crop, tuple(crop_scale), flip, seed), Corruption(num_timesteps, tuple(tokens_shape), seed)
+    )
+    pin_memory = torch.cuda.is_available()
+    if not source.streaming:
+        batches = GlobalBatchSampler(
+            len(source),
+            global_batch_size,
+            micro_batch_size,
+            num_steps,
+            seed=seed,
+            start_step=start_step,
+            rank=rank,
+            world_size=world_size,
+        )
+        return DataLoader(
+            _Samples(source, make),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+        )
+    accumulation = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
+    loader = StreamingLoader(
+        source,
+        make,
+        micro_batch_size,
+        num_steps * accumulation,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        shuffle_buffer=shuffle_buffer,
+        pin_memory=pin_memory,
+    )
+    if state is not None:
+        loader.load_state_dict(state)
+    if loader.batches_done != start_step * accumulation:
+        raise ValueError(
+            f"The training begins at step {start_step}, but the stream stands at step "
+            f"{loader.batches_done / accumulation:g}; give the state that was saved with that step."
+        )
+    return loader
+
+
+def crop_loader(
+    source: ImageSource,
+    *,
+    image_size: int,
+    crop: str = "centre",
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = False,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Iterator[torch.Tensor]:
+    """The training crops of epoch 0, each image once over all processes: uint8 (B,C,image_size,image_size)."""
+    make = SampleMaker(Crop(image_size, crop, tuple(crop_scale), flip, seed))
+    for batch in _one_pass(source, make, 64, num_workers, rank, world_size):
+        yield batch["pixel_values"]
+
+
+def eval_loader(source: ImageSource, image_size: int, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Centre crops in order, every image once: batches of `pixel_values` (B,C,image_size,image_size) uint8, `labels`
+    and `sample_ids` (B,) int64, and `bad_images`.
+
+    The row of an unreadable image, whose number is the `index` in `bad_images`, holds the next readable one with its
+    label; a stream leaves the row out. A stream is read by one worker, to keep its order.
+    """
+    num_workers = min(num_workers, 1) if source.streaming else num_workers
+    return _one_pass(source, SampleMaker(Crop(image_size)), batch_size, num_workers)
+
+
+def _one_pass(source, make, batch_size, num_workers, rank=0, world_size=1) -> DataLoader:
+    if source.streaming:
+        samples, order = OrderedStream(source, make, rank, world_size), None
+    else:
+        samples, order = _Samples(source, make), _InOrder(len(source), rank, world_size)
+    return DataLoader(
+        samples,
+        sampler=order,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+    )
