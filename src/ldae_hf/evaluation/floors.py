@@ -1,28 +1,61 @@
-"""Features that need no training. A probe is only as good as its distance from them: on small images they are high
-(PAPER section 7.8), and a report that leaves them out flatters itself.
-
-Each is a callable, uint8 crops (B,C,H,W) and sample ids (B,) -> (B,D) float32, with a `fingerprint` for the cache.
+"""Features that need no training. A probe is worth its distance from them: on small images they are high (PAPER 7.8),
+and a report that leaves them out flatters itself. Each is a feature map.
 """
 
-import math
-from hashlib import sha256
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from ..image_processing_ldae import LDAEImageProcessor
 from ..modeling_ldae import LDAEModel
+from ..training.data import ImageSource, eval_loader
+from .feature_maps import EncoderFeatures, FeatureMap
+
+
+FLOORS = ("pixels", "latents", "untrained", "random_patches")
+
+
+def build_floors(
+    names: tuple[str, ...] | list[str],
+    model: LDAEModel,
+    processor: LDAEImageProcessor,
+    train_source: ImageSource,
+    *,
+    seed: int = 0,
+    **encoding,
+) -> list[FeatureMap]:
+    """The floors of these names, out of `FLOORS`, for an encoder.
+
+    Args:
+        train_source: the images from which random patches are drawn.
+        seed: of the untrained encoder's weights and of the random patches.
+        encoding: timestep, noise and dtype of [`EncoderFeatures`], for the untrained encoder.
+
+    Raises:
+        ValueError: there is no floor of this name.
+    """
+    builders = {
+        "pixels": lambda: RawPixels(processor.image_size),
+        "latents": lambda: PCALatents(model, processor),
+        "untrained": lambda: untrained_encoder(model, processor, seed, **encoding),
+        "random_patches": lambda: RandomPatches(train_source, processor.image_size, model.config.hidden_size, seed),
+    }
+    if unknown := [name for name in names if name not in builders]:
+        raise ValueError(f"There is no floor {unknown[0]!r}; the floors are {', '.join(FLOORS)}.")
+    return [builders[name]() for name in names]
 
 
 class RawPixels:
-    """The centre crop itself, flattened; a crop larger than 32 pixels is first shrunk to 32x32, so that the probe
-    stays affordable (3,072 values)."""
+    """The crop itself, flattened, in 0...1. Crops larger than 32 pixels are first shrunk to 32x32 (3,072 values), so
+    that a probe on them stays affordable."""
 
     largest = 32
 
     def __init__(self, image_size: int):
         self.size = min(image_size, self.largest)
-        self.name = "raw pixels" if image_size <= self.largest else f"raw pixels, shrunk to {self.size}x{self.size}"
+        self.name = "raw pixels" if image_size <= self.largest else f"raw pixels at {self.size}x{self.size}"
         self.fingerprint = f"raw_pixels size={self.size}"
 
     def __call__(self, pixels: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
@@ -38,7 +71,6 @@ class PCALatents:
     name = "PCA latents"
 
     def __init__(self, model: LDAEModel, processor: LDAEImageProcessor):
-        model.check_processor(processor)
         self.tokenizer, self.processor = model.tokenizer, processor
         self.fingerprint = (
             f"pca_latents processor={processor.fingerprint} latent_dim={processor.latent_dim} "
@@ -49,67 +81,100 @@ class PCALatents:
         return self.tokenizer.encode(self.processor.normalize_pixels(pixels)).flatten(1)
 
 
+def untrained_encoder(
+    model: LDAEModel, processor: LDAEImageProcessor, seed: int = 0, **encoding
+) -> EncoderFeatures:
+    """The encoder as pre-training begins it: same configuration and PCA basis, new weights from the seed.
+
+    Its blocks are the identity (adaLN-Zero): it is a random linear map of each patch, with positions, normalised.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        untrained = LDAEModel._from_config(model.config, attn_implementation=model.config._attn_implementation)
+    untrained.set_processor(processor)
+    return EncoderFeatures(untrained.to(model.device).eval(), processor, "untrained encoder", **encoding)
+
+
 class RandomPatches:
     """Random whitened patches as convolution filters -> ReLU -> mean over the image (Coates and Ng; PAPER 7.8).
 
-    `num_features` 6x6 patches, drawn at random from training images, are contrast-normalised and ZCA-whitened. A
-    whitened patch of unit length, taken back through the whitening, is one filter: its response to an image patch is
-    the product of the two in the whitened space. Images larger than 64 pixels are convolved with a stride
-    (128 pixels: 2, 256: 4), so that the cost stays that of about 64x64 positions.
+    Patches of 6x6 pixels are drawn at random from random training crops, contrast-normalised and ZCA-whitened. The
+    first D of them, brought to unit length, are the filters: the response of an image patch is its product with one of
+    them in the whitened space, up to the patch's own mean and contrast. Images larger than 64 pixels are convolved with
+    a stride (128 pixels: 2, 256: 4), so that the cost stays that of about 64x64 places.
 
     Args:
-        images: (n,C,H,W) uint8 training crops to draw patches from.
-        num_features: D, the number of filters.
-        seed: draws the patches.
-        num_patches: how many patches the whitening is estimated from.
+        source: training images. image_size: of their centre crops.
+        num_features: D. seed: of images and patches.
 
     Raises:
-        ValueError: the images are smaller than a patch, or more filters are asked for than patches are drawn.
+        ValueError: the images are smaller than a patch, or D exceeds the patches that are drawn.
     """
 
     patch_size = 6
-    contrast_epsilon = 10.0  # added to a patch's variance, in squared grey levels (Coates and Ng)
-    whitening_epsilon = 0.01  # added to every eigenvalue; the patches have unit variance
+    num_images, num_patches = 2_000, 20_000  # that the whitening is estimated from
+    contrast_epsilon = 10.0  # added to a patch's variance, in squared grey levels
+    whitening_epsilon = 0.01  # added to each eigenvalue of patches of unit variance
+    responses = 2**22  # held at once: 16 MB; more no longer fit in a CPU's cache and take twice as long
 
-    def __init__(self, images: torch.Tensor, num_features: int, seed: int = 0, num_patches: int = 20_000):
-        if images.shape[-1] < self.patch_size:
-            raise ValueError(f"Images of {images.shape[-1]} pixels are smaller than the {self.patch_size}-pixel filters.")
-        if num_features > num_patches:
-            raise ValueError(f"{num_features} filters cannot be chosen among num_patches={num_patches} patches.")
-        self.name = "random patches"
-        self.stride = max(1, images.shape[-1] // 64)
-        patches = self._draw(images, num_patches, torch.Generator().manual_seed(seed))
+    def __init__(self, source: ImageSource, image_size: int, num_features: int, seed: int = 0):
+        if image_size < self.patch_size or num_features > self.num_patches:
+            raise ValueError(
+                f"Random {self.patch_size}x{self.patch_size} patches do not exist in images of {image_size} pixels, "
+                f"or are fewer than {num_features}; leave the floor random_patches out."
+            )
+        self.source, self.image_size, self.num_features, self.seed = source, image_size, num_features, seed
+        self.stride = max(1, image_size // 64)
+        self.name = "random whitened patches" + (f", stride {self.stride}" if self.stride > 1 else "")
+        # A stream has no fingerprint, but nothing of it is cached either.
+        images = None if source.streaming else source.dataset._fingerprint
+        self.fingerprint = f"random_patches images={images} features={num_features} seed={seed} stride={self.stride}"
+
+    @cached_property
+    def filters(self) -> torch.Tensor:
+        """(D,C,6,6) float32, made when they are first needed: cached features do not need them."""
+        generator = torch.Generator().manual_seed(self.seed)
+        patches = self._draw_patches(generator)
         centred = patches - patches.mean(dim=1, keepdim=True)
         normalised = centred / (centred.var(dim=1, keepdim=True) + self.contrast_epsilon).sqrt()
         variances, directions = torch.linalg.eigh(torch.cov(normalised.T))
         whitening = directions * (variances + self.whitening_epsilon).rsqrt() @ directions.T
-        whitened = (normalised[:num_features] - normalised.mean(dim=0)) @ whitening
+        whitened = (normalised[: self.num_features] - normalised.mean(dim=0)) @ whitening
+        # The whitening once more, because it is the image's patches that have to be whitened too.
         filters = F.normalize(whitened) @ whitening
-        self.filters = filters.float().unflatten(1, (images.shape[1], self.patch_size, self.patch_size))
-        digest = sha256(self.filters.numpy().astype("<f4").tobytes()).hexdigest()
-        self.fingerprint = f"random_patches filters={digest} stride={self.stride}"
+        return filters.float().unflatten(1, (-1, self.patch_size, self.patch_size))
 
-    def _draw(self, images: torch.Tensor, num_patches: int, generator: torch.Generator) -> torch.Tensor:
-        """(num_patches, C·36) float64, each from a random image at a random place."""
-        count, _, height, width = images.shape
-        size = self.patch_size
-        places = zip(
-            *(
-                torch.randint(high, (num_patches,), generator=generator).tolist()
-                for high in (count, height - size + 1, width - size + 1)
-            )
+    def _draw_patches(self, generator: torch.Generator) -> torch.Tensor:
+        """(num_patches, C·36) float64, in units of grey levels."""
+        crops, size = self._random_crops(generator), self.patch_size
+        places = self.image_size - size + 1
+        which, rows, columns = (
+            torch.randint(high, (self.num_patches,), generator=generator).tolist()
+            for high in (len(crops), places, places)
         )
-        return torch.stack([images[i, :, y : y + size, x : x + size].flatten() for i, y, x in places]).double()
+        patches = [crops[i, :, y : y + size, x : x + size].flatten() for i, y, x in zip(which, rows, columns)]
+        return torch.stack(patches).double()
+
+    def _random_crops(self, generator: torch.Generator) -> torch.Tensor:
+        """Up to 2,000 training crops, uint8: at random, since rows may be sorted by class; the first ones of a stream."""
+        source = self.source
+        if not source.streaming:
+            chosen = torch.randperm(len(source), generator=generator)[: self.num_images].tolist()
+            source = replace(source, dataset=source.dataset.select(chosen), num_images=len(chosen))
+        crops = []
+        for batch in eval_loader(source, self.image_size, 100):
+            crops.append(batch["pixel_values"])
+            if len(crops) * 100 >= self.num_images:
+                break
+        return torch.cat(crops)
 
     def __call__(self, pixels: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
-        # channels_last: twice as fast on CPUs for so few channels. Small pieces: the responses are large.
-        filters = self.filters.to(pixels.device, memory_format=torch.channels_last)
-        pieces = pixels.split(max(1, math.ceil(2**25 / (len(filters) * pixels.shape[-1] ** 2 / self.stride**2))))
-        return torch.cat(
-            [
-                F.conv2d(piece.float().contiguous(memory_format=torch.channels_last), filters, stride=self.stride)
-                .relu_()
-                .mean(dim=(2, 3))
-                for piece in pieces
-            ]
+        # channels_last is twice as fast on a CPU for so few channels.
+        filters = self.filters.to(pixels.device).contiguous(memory_format=torch.channels_last)
+        places = (self.image_size // self.stride) ** 2
+        pieces = pixels.split(max(1, self.responses // (len(filters) * places)))
+        responses = (
+            F.conv2d(piece.float().contiguous(memory_format=torch.channels_last), filters, stride=self.stride)
+            for piece in pieces
         )
+        return torch.cat([response.relu_().mean(dim=(2, 3)) for response in responses])

@@ -63,8 +63,8 @@ def linear_probe(
     if not learning_rates or min(learning_rates) <= 0 or epochs < 1 or batch_size < 1:
         raise ValueError("A linear probe needs positive learning rates, at least one epoch and a batch of one sample.")
     num_held_out = round(held_out * len(train_labels))
-    if not 1 <= num_held_out < len(train_labels):
-        raise ValueError(f"held_out={held_out} of {len(train_labels)} samples must leave some on either side.")
+    if not 1 <= num_held_out <= len(train_labels) / 2:
+        raise ValueError(f"held_out={held_out} of {len(train_labels)} samples must be one sample at least, half at most.")
     training = dict(learning_rates=learning_rates, epochs=epochs, num_classes=num_classes, seed=seed, progress=progress)
     training["batch_size"] = batch_size = min(batch_size, math.ceil(len(train_labels) / 8))
     train_features, train_labels, test_features, test_labels = (
