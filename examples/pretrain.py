@@ -6,10 +6,10 @@
 The same as `ldae pretrain`; see --help.
 """
 
-import typer
+import sys
 
-from ldae_hf.cli import pretrain
+from ldae_hf.cli import app
 
 
 if __name__ == "__main__":
-    typer.run(pretrain)
+    app(["pretrain", *sys.argv[1:]])

@@ -16,9 +16,11 @@ import typer
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from ldae_hf.evaluation import probe_encoder
+from ldae_hf import LDAEForPreTraining, LDAEImageProcessor
 from ldae_hf.evaluation.figures import denoising_figure
-from ldae_hf.training import load_images, pretrain
+from ldae_hf.evaluation.ledger import result_table
+from ldae_hf.evaluation.run import run_knn, run_linear_probe
+from ldae_hf.training import checkpoints, eval_loader, load_images, pretrain
 
 
 def digits_on_photographs(digits: np.ndarray, photographs: list[Image.Image], count: int, seed: int):
@@ -33,7 +35,8 @@ def digits_on_photographs(digits: np.ndarray, photographs: list[Image.Image], co
         size = int(random.integers(22, 31))
         digit = Image.fromarray((digits[index % len(digits)] * 255 / 16).astype(np.uint8))
         mask = Image.new("L", (32, 32))
-        mask.paste(digit.resize((size, size), Image.Resampling.BICUBIC), tuple(random.integers(0, 33 - size, 2).tolist()))
+        place = tuple(random.integers(0, 33 - size, 2).tolist())
+        mask.paste(digit.resize((size, size), Image.Resampling.BICUBIC), place)
         alpha = np.asarray(mask, dtype=np.float32)[..., None] / 255
         ink = 255.0 * random.integers(2)
         yield index % len(digits), Image.fromarray((background * (1 - alpha) + ink * alpha).round().astype(np.uint8))
@@ -60,15 +63,29 @@ def quickstart(output_dir: Path = Path("runs/quickstart"), seed: int = 0):
     if not (images / "test.parquet").exists():
         images.mkdir(parents=True, exist_ok=True)
         make_images(images)
+
     run = output_dir / f"seed-{seed}"
-    encoder = pretrain("l_dae", tier="quickstart", dataset=images, output_dir=run, seed=seed)
-    result = probe_encoder(encoder, images, floors=True, seed=seed, cache_dir=run / "features")
-    picture = denoising_figure(run, load_images(images, "test"), run / "denoising.png")
-    typer.echo(result.table())
+    encoder = pretrain("l_dae", tier="quickstart", dataset=str(images), output_dir=run, seed=seed)
+    options = dict(cache_dir=run / "features", training={"seed": seed}, seed=seed)
+    probe = run_linear_probe(encoder, str(images), output=run / "probe.json", **options)
+    neighbours = run_knn(encoder, str(images), output=run / "knn.json", **options)
+
+    model = LDAEForPreTraining.from_pretrained(checkpoints(run / "checkpoints")[-1])
+    processor = LDAEImageProcessor.from_pretrained(encoder)
+    batch = next(iter(eval_loader(load_images(str(images), "test"), processor.image_size, batch_size=4)))
+    picture = denoising_figure(model, processor, batch["pixel_values"], run / "denoising.png")
+
     typer.echo(f"""
-picture: {picture}
-encoder: {encoder}
-load it: import ldae_hf; from transformers import AutoModel; encoder = AutoModel.from_pretrained("{encoder}")""")
+linear probe on frozen features
+{result_table(probe)}
+
+20 nearest neighbours
+{result_table(neighbours)}
+
+picture   {picture}
+encoder   {encoder}
+load it   python -c 'import ldae_hf; from transformers import AutoModel; print(AutoModel.from_pretrained("{encoder}"))'
+""")
 
 
 if __name__ == "__main__":

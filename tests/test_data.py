@@ -415,7 +415,7 @@ def picture_numbers(batch: dict) -> list[int]:
     return [known[pixels.tobytes()] for pixels in batch["pixel_values"].numpy()]
 
 
-@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 2), (3, 0), (3, 2)])
+@pytest.mark.parametrize("processes, workers", [(1, 1), (1, 2), (2, 2), (3, 2)])
 def test_processes_and_workers_share_a_stream_without_overlap(stream, processes, workers):
     seen = [
         together(list(islice(loader, 64)))
@@ -445,7 +445,7 @@ def test_a_stream_is_shuffled_anew_in_every_epoch_and_shows_each_image_once(stre
     assert len({tuple(epoch) for epoch in [*epochs, range(NUM_IMAGES)]}) == 4
 
 
-@pytest.mark.parametrize("workers, processes", [(0, 1), (2, 1), (2, 2), (0, 3)])
+@pytest.mark.parametrize("workers, processes", [(1, 1), (2, 2), (1, 3)])
 def test_a_stream_resumed_from_its_saved_state_goes_on_as_if_unbroken(stream, workers, processes):
     layout = dict(num_workers=workers, rank=processes - 1, world_size=processes)
     loader, states = stream_loader(stream, 3, 17, **layout), []
@@ -455,8 +455,8 @@ def test_a_stream_resumed_from_its_saved_state_goes_on_as_if_unbroken(stream, wo
         whole.append(batch)
         states.append(json.dumps(loader.state_dict()))
     assert len(whole) == 17
-    # Seven batches are an epoch of one process; two are a block and the beginning of the next.
-    for step in (1, 2, 7, 12, 17) if workers == 0 else (1, 8):
+    # With one lane, seven batches are an epoch; two are a block and the beginning of the next.
+    for step in (1, 2, 7, 12):
         again = stream_loader(stream, 3, 17, start_step=step, state=json.loads(states[step]), **layout)
         for one, other in zip(whole[step:], again, strict=True):
             assert_same(one, other)
@@ -465,7 +465,7 @@ def test_a_stream_resumed_from_its_saved_state_goes_on_as_if_unbroken(stream, wo
 def test_a_stream_cannot_be_resumed_on_another_layout_or_without_its_state(stream):
     loader = stream_loader(stream)
     state = loader.state_dict()
-    with pytest.raises(ValueError, match="saved with num_workers=0, not 2"):
+    with pytest.raises(ValueError, match="saved with num_workers=1, not 2"):
         stream_loader(stream, num_workers=2, state=state)
     with pytest.raises(ValueError, match="begins at step 5, but the stream stands at step 0"):
         stream_loader(stream, start_step=5)
@@ -496,10 +496,11 @@ def test_a_bad_image_in_a_stream_is_left_out_and_listed(images, kind):
     assert all(reason in row["reason"] for row in epochs["bad_images"])
 
 
-def test_a_process_that_leaves_a_parquet_stream_half_read_ends_well(parquet):
+def test_a_process_that_leaves_a_parquet_stream_half_read_ends_well(images, tmp_path):
+    images.to_parquet(tmp_path / "train.parquet", batch_size=1)
     script = f"""
 from ldae_hf.training.data import load_images, train_loader
-source = load_images({str(parquet)!r}, streaming=True)
+source = load_images({str(tmp_path)!r}, streaming=True)
 loader = iter(train_loader(source, image_size=16, num_timesteps=9, tokens_shape=(1, 1), global_batch_size=2,
                            micro_batch_size=2, num_steps=9, shuffle_buffer=2))
 print(len(next(loader)["labels"]))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from ldae_hf.recipes import RecipeError, load_recipe, tier_names
+from ldae_hf.recipes import load_recipe, tier_names
 from ldae_hf.recipes.display import diff_text, show_text, tree_text
 
 
@@ -98,9 +98,12 @@ def pretrain(
         str | None, typer.Option(help="Images instead of the recipe's: a Hub name, or a folder of images or Parquet.")
     ] = None,
     streaming: Annotated[bool, typer.Option(help="Read the data set from the Hub while training.")] = False,
+    num_images: Annotated[int | None, typer.Option(help="Of an epoch, for a stream that does not say it.")] = None,
     image_column: Annotated[str | None, typer.Option(help="The column of images; detected if not given.")] = None,
     label_column: Annotated[str | None, typer.Option(help="The column of labels; detected if not given.")] = None,
-    processor: Annotated[Path | None, typer.Option(help="A folder with a fitted processor, instead of a new fit.")] = None,
+    processor: Annotated[
+        Path | None, typer.Option(help="A folder with a fitted processor, instead of a new fit.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation, order, crops, timesteps and noise.")] = 0,
     per_device_batch_size: Annotated[
         int | None, typer.Option(help="Images of one forward pass; the rest of the global batch is accumulated.")
@@ -130,6 +133,78 @@ def pretrain(
     from ldae_hf.training import pretrain
 
     pretrain(**options | {"overrides": overrides or (), "report_to": report_to or ()})
+
+
+Encoder = Annotated[str, typer.Argument(help="An encoder's folder, or its name on the Hub.")]
+Dataset = Annotated[str, typer.Option(help="A Hub name, or a folder: as given, else inside $LDAE_DATA.")]
+TrainSplit = Annotated[str, typer.Option(help="Split to learn from; slices such as train[:5000] work.")]
+TestSplit = Annotated[str, typer.Option(help="Split to test on.")]
+Timestep = Annotated[int | None, typer.Option(help="Timestep of the features; default the model's.")]
+Noise = Annotated[str, typer.Option(help="clean, or frozen: noisy input, one noise per image.")]
+Dtype = Annotated[str, typer.Option(help="Precision of the encoder: float32 or bfloat16.")]
+EvaluationSeed = Annotated[int, typer.Option(help="Of the classifier, the floors and frozen noise.")]
+Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+Ledger = Annotated[Path | None, typer.Option(help="Append the result to this JSON-lines file.")]
+
+
+@app.command()
+def probe(
+    encoder: Encoder,
+    dataset: Dataset,
+    train_split: TrainSplit = "train",
+    test_split: TestSplit = "test",
+    learning_rates: Annotated[list[float] | None, typer.Option("--learning-rate", help="May be repeated.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the cached features.")] = 90,
+    timestep: Timestep = None,
+    noise: Noise = "clean",
+    dtype: Dtype = "float32",
+    seed: EvaluationSeed = 0,
+    num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
+    output: Output = None,
+    ledger: Ledger = None,
+):
+    """Linear probe of an encoder on cached features, beside its floors.
+
+    The floors: raw pixels, PCA latents, the same encoder untrained, and random whitened patches of the same dimension.
+
+    \b
+    ldae probe runs/cifar10/encoder --dataset cifar10
+    """
+    options = dict(locals())  # each option is the argument of the same name
+    from ldae_hf.evaluation.ledger import result_table
+    from ldae_hf.evaluation.run import run_linear_probe
+
+    if not learning_rates:
+        options.pop("learning_rates")
+    typer.echo(result_table(run_linear_probe(**options)))
+
+
+@app.command()
+def knn(
+    encoder: Encoder,
+    dataset: Dataset,
+    train_split: TrainSplit = "train",
+    test_split: TestSplit = "test",
+    k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 20,
+    temperature: Annotated[float, typer.Option(help="Of their weights, exp(cosine / temperature).")] = 0.07,
+    timestep: Timestep = None,
+    noise: Noise = "clean",
+    dtype: Dtype = "float32",
+    seed: EvaluationSeed = 0,
+    num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
+    output: Output = None,
+    ledger: Ledger = None,
+):
+    """Exact k-nearest-neighbour accuracy of an encoder, beside its floors.
+
+    \b
+    ldae knn runs/cifar10/encoder --dataset cifar10
+    """
+    options = dict(locals())  # each option is the argument of the same name
+    from ldae_hf.evaluation.ledger import result_table
+    from ldae_hf.evaluation.run import run_knn
+
+    typer.echo(result_table(run_knn(**options)))
 
 
 app.add_typer(recipes, name="recipes")

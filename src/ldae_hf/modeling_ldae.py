@@ -59,6 +59,17 @@ def sincos_positions(hidden_size: int, grid: tuple[int, int]) -> torch.Tensor:
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()
 
 
+def linear(in_features: int, out_features: int, initial_std: float) -> nn.Linear:
+    """A linear layer that starts normally distributed, or at zero, where others start Xavier-uniform.
+
+    The layer says so itself because transformers leaves `_init_weights` out for modules without tensors of their own
+    (a block, the decoder) in classes that are not transformers' own.
+    """
+    layer = nn.Linear(in_features, out_features)
+    layer.initial_std = initial_std
+    return layer
+
+
 class LDAETimestepEmbedding(nn.Module):
     """t -> 256 sinusoids (cosines, then sines) -> two-layer MLP -> the condition (B,D), as in DiT."""
 
@@ -66,8 +77,8 @@ class LDAETimestepEmbedding(nn.Module):
 
     def __init__(self, config: LDAEConfig):
         super().__init__()
-        self.fc1 = nn.Linear(self.num_frequencies, config.hidden_size)
-        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.fc1 = linear(self.num_frequencies, config.hidden_size, initial_std=0.02)
+        self.fc2 = linear(config.hidden_size, config.hidden_size, initial_std=0.02)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         half = self.num_frequencies // 2
@@ -80,9 +91,10 @@ class LDAETimestepEmbedding(nn.Module):
 def modulation_mlp(config: LDAEConfig, num_chunks: int) -> nn.Sequential:
     """The condition -> `num_chunks` shifts, scales and gates of width D. The last layer starts at zero (adaLN-Zero)."""
     width, hidden = config.hidden_size, config.conditioning_hidden_size
+    last = linear(hidden or width, num_chunks * width, initial_std=0)
     if hidden is None:  # DiT
-        return nn.Sequential(nn.SiLU(), nn.Linear(width, num_chunks * width))
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, num_chunks * width))  # Appendix A
+        return nn.Sequential(nn.SiLU(), last)
+    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), last)  # Appendix A
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
@@ -159,7 +171,7 @@ class LDAEDecoder(nn.Module):
         self.eps = config.layer_norm_eps
         self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.decoder_num_hidden_layers)])
         self.modulation = modulation_mlp(config, 2)
-        self.head = nn.Linear(config.hidden_size, output_dim)
+        self.head = linear(config.hidden_size, output_dim, initial_std=0)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -310,18 +322,11 @@ class LDAEPreTrainedModel(PreTrainedModel):
         Buffers: the DCT basis, the noise tables, the sine-cosine positions (none of them survives a meta device).
         """
         if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, LDAETimestepEmbedding):
-            init.normal_(module.fc1.weight, std=0.02)
-            init.normal_(module.fc2.weight, std=0.02)
-        elif isinstance(module, LDAELayer | LDAEDecoder):
-            init.zeros_(module.modulation[-1].weight)
-            init.zeros_(module.modulation[-1].bias)
-            if isinstance(module, LDAEDecoder):
-                init.zeros_(module.head.weight)
-                init.zeros_(module.head.bias)
+            if hasattr(module, "initial_std"):
+                init.normal_(module.weight, std=module.initial_std)
+            else:
+                init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, PatchPCA):
             buffers = (module.components, module.mean, module.explained_variance)
             for buffer, value in zip(buffers, module.unfitted(), strict=True):

@@ -50,7 +50,9 @@ def denoising_figure(
         model.train(was_training)
 
     rows = len(images)
-    figure = Figure(figsize=(1.25 * len(columns), 1.25 * rows + 0.3 + 0.62 * -(-num_filters // 8)), layout="constrained")
+    figure = Figure(
+        figsize=(1.25 * len(columns), 1.25 * rows + 0.3 + 0.62 * -(-num_filters // 8)), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.25 * rows + 0.3, 0.62 * -(-num_filters // 8)))
     axes = upper.subplots(rows, len(columns), squeeze=False)

@@ -2,6 +2,7 @@
 and a report that leaves them out flatters itself. Each is a feature map.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 
@@ -30,7 +31,7 @@ def build_floors(
 
     Args:
         train_source: the images from which random patches are drawn.
-        seed: of the untrained encoder's weights and of the random patches.
+        seed: of the untrained encoder's weights, the random patches and frozen noise.
         encoding: timestep, noise and dtype of [`EncoderFeatures`], for the untrained encoder.
 
     Raises:
@@ -81,18 +82,16 @@ class PCALatents:
         return self.tokenizer.encode(self.processor.normalize_pixels(pixels)).flatten(1)
 
 
-def untrained_encoder(
-    model: LDAEModel, processor: LDAEImageProcessor, seed: int = 0, **encoding
-) -> EncoderFeatures:
+def untrained_encoder(model: LDAEModel, processor: LDAEImageProcessor, seed: int = 0, **encoding) -> EncoderFeatures:
     """The encoder as pre-training begins it: same configuration and PCA basis, new weights from the seed.
 
     Its blocks are the identity (adaLN-Zero): it is a random linear map of each patch, with positions, normalised.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        untrained = LDAEModel._from_config(model.config, attn_implementation=model.config._attn_implementation)
+        untrained = LDAEModel(deepcopy(model.config))
     untrained.set_processor(processor)
-    return EncoderFeatures(untrained.to(model.device).eval(), processor, "untrained encoder", **encoding)
+    return EncoderFeatures(untrained.to(model.device).eval(), processor, "untrained encoder", seed=seed, **encoding)
 
 
 class RandomPatches:
@@ -114,7 +113,7 @@ class RandomPatches:
     patch_size = 6
     num_images, num_patches = 2_000, 20_000  # that the whitening is estimated from
     contrast_epsilon = 10.0  # added to a patch's variance, in squared grey levels
-    whitening_epsilon = 0.01  # added to each eigenvalue of patches of unit variance
+    whitening_epsilon = 0.1  # added to each eigenvalue of patches of unit variance
     responses = 2**22  # held at once: 16 MB; more no longer fit in a CPU's cache and take twice as long
 
     def __init__(self, source: ImageSource, image_size: int, num_features: int, seed: int = 0):
@@ -152,11 +151,11 @@ class RandomPatches:
             torch.randint(high, (self.num_patches,), generator=generator).tolist()
             for high in (len(crops), places, places)
         )
-        patches = [crops[i, :, y : y + size, x : x + size].flatten() for i, y, x in zip(which, rows, columns)]
-        return torch.stack(patches).double()
+        corners = zip(which, rows, columns, strict=True)
+        return torch.stack([crops[i, :, y : y + size, x : x + size].flatten() for i, y, x in corners]).double()
 
     def _random_crops(self, generator: torch.Generator) -> torch.Tensor:
-        """Up to 2,000 training crops, uint8: at random, since rows may be sorted by class; the first ones of a stream."""
+        """Up to 2,000 training crops, uint8: at random, since rows may be sorted by class; of a stream the first."""
         source = self.source
         if not source.streaming:
             chosen = torch.randperm(len(source), generator=generator)[: self.num_images].tolist()

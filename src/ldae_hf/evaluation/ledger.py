@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
+
 
 LEDGER = Path("benchmarks/results/ledger.jsonl")
 PACKAGE = Path(__file__).resolve().parents[1]
-PACKAGES = ("ldae-hf", "torch", "transformers", "datasets", "evaluate", "safetensors", "numpy", "pillow")
+PACKAGES = ("torch", "transformers", "datasets", "evaluate", "safetensors", "numpy", "pillow")
 
 
 def append_to_ledger(row: dict, path: str | Path = LEDGER) -> dict:
@@ -72,7 +74,8 @@ def circumstances() -> dict:
         "command": command(),
         "commit": commit(),
         "machine": machine(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "ldae-hf": __version__}
+        | {name: version(name) for name in PACKAGES},
     }
 
 
@@ -122,8 +125,8 @@ def result_table(result: dict) -> str:
         numbers = [entry["top1"], entry["best_top1"]] if probe else [entry["top1"]]
         rows.append((name, f"{entry['dim']:,}", *(f"{number:.1f}" for number in numbers)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = []
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *aligned]))
+    return "\n".join(lines)

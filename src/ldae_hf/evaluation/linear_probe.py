@@ -1,8 +1,8 @@
 """A linear probe on cached features, several learning rates in one pass.
 
 Average-pooled features -> standardised by the statistics of the training set (BatchNorm without affine, in the limit of
-a batch that is the whole set) -> linear layer -> cross-entropy, as in the paper's protocol (PAPER section 5) but for the
-fixed centre crops, the smaller batches and plain SGD.
+a batch that is the whole set) -> linear layer -> cross-entropy: the paper's protocol (PAPER section 5) but for fixed
+centre crops, smaller batches and plain SGD.
 """
 
 import math
@@ -64,7 +64,7 @@ def linear_probe(
         raise ValueError("A linear probe needs positive learning rates, at least one epoch and a batch of one sample.")
     num_held_out = round(held_out * len(train_labels))
     if not 1 <= num_held_out <= len(train_labels) / 2:
-        raise ValueError(f"held_out={held_out} of {len(train_labels)} samples must be one sample at least, half at most.")
+        raise ValueError(f"held_out={held_out} of {len(train_labels)} samples must be at least one and at most half.")
     training = dict(learning_rates=learning_rates, epochs=epochs, num_classes=num_classes, seed=seed, progress=progress)
     training["batch_size"] = batch_size = min(batch_size, math.ceil(len(train_labels) / 8))
     train_features, train_labels, test_features, test_labels = (
@@ -103,7 +103,8 @@ def linear_probe(
 def _train_and_score(features, labels, others, *, learning_rates, epochs, batch_size, num_classes, seed, progress):
     """The class scores (R,m,C) of other features (m,D) under the R classifiers trained on features (n,D)."""
     mean, std = features.mean(dim=0), (features.var(dim=0, unbiased=False) + EPSILON).sqrt()
-    features, others = (F.pad((x - mean) / std, (0, 1), value=1.0) for x in (features, others))  # the last is the bias's
+    # The last, constant, feature makes the last weight the bias.
+    features, others = (F.pad((x - mean) / std, (0, 1), value=1.0) for x in (features, others))
     rates = torch.tensor(learning_rates, device=features.device).repeat_interleave(num_classes)[:, None]
     weights = features.new_zeros(len(rates), features.shape[1])  # (R·C, D+1): all classifiers are one matrix
     velocity = torch.zeros_like(weights)

@@ -1,4 +1,4 @@
-"""Accuracy as an `evaluate` metric that needs no network: `evaluate.load("accuracy")` would ask the Hub for its code."""
+"""Accuracy as an `evaluate` metric without a network: `evaluate.load("accuracy")` would ask the Hub for its code."""
 
 import evaluate
 import numpy as np
@@ -15,7 +15,7 @@ class Top1Accuracy(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of the samples, in percent, whose class is the first (or among the first five) predicted.",
+            description="Percentage of samples whose class is the first predicted, or among the first five.",
             citation="",
             inputs_description="predictions: classes (n,) or ranked classes (n,k); references: classes (n,).",
             features=[
@@ -27,14 +27,14 @@ class Top1Accuracy(evaluate.Metric):
     def _compute(self, predictions, references) -> dict[str, float]:
         references = np.asarray(references)[:, None]
         hits = np.asarray(predictions).reshape(len(references), -1) == references
-        accuracies = {"top1": 100 * float(hits[:, 0].mean())}
+        accuracies = {"top1": 100 * int(hits[:, 0].sum()) / len(hits)}
         if hits.shape[1] >= 5:
-            accuracies["top5"] = 100 * float(hits[:, :5].any(axis=1).mean())
+            accuracies["top5"] = 100 * int(hits[:, :5].any(axis=1).sum()) / len(hits)
         return accuracies
 
 
 def ranked_classes(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (n,C) -> the best class, or from 10 classes on the five best, (n,1) or (n,5); ties go to the lower class."""
+    """Scores (n,C) -> the best class (n,1), or from 10 classes on the five best (n,5); ties go to the lower class."""
     best = 5 if scores.shape[1] >= 10 else 1
     return scores.argsort(dim=1, descending=True, stable=True)[:, :best].cpu()
 

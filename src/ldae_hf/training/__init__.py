@@ -1,7 +1,8 @@
 """Pre-training with Accelerate: data, the PCA of a run, the loop, checkpoints. Needs the `train` extra."""
 
-from .data import load_images
+from .checkpointing import checkpoints
+from .data import eval_loader, load_images
 from .pretrain import Evaluation, RunError, pretrain
 
 
-__all__ = ["Evaluation", "RunError", "load_images", "pretrain"]
+__all__ = ["Evaluation", "RunError", "checkpoints", "eval_loader", "load_images", "pretrain"]

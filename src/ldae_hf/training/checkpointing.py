@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written aside, every file flushed, its sha256 noted in `manifest.json`, and then renamed into place: a
-process killed at any moment leaves the earlier checkpoint as it was. Safetensors and JSON only. The folder is also a
-model repository: `LDAEForPreTraining.from_pretrained` and `AutoModel.from_pretrained` load it.
+A checkpoint is written aside, the sha256 of every file noted in `manifest.json`, all of it flushed to the disk, and then
+renamed into place: a process killed at any moment leaves the earlier checkpoint as it was. Safetensors and JSON only.
+The folder is also a model repository: `LDAEForPreTraining.from_pretrained` and `AutoModel.from_pretrained` load it.
 """
 
 import hashlib
@@ -10,17 +10,30 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .optimization import ExponentialMovingAverage
 
 
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d{8})")
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "training/optimizer.safetensors"
+EMA = "training/ema.safetensors"
+RNG = "training/rng.safetensors"
+STATE = "training/state.json"
+_STEP = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file."""
 
 
@@ -31,6 +44,7 @@ def sha256(file: Path) -> str:
 
 
 def _flush(path: Path) -> None:
+    """To the disk: the content of a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,7 +52,15 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_folder(folder: Path, write) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Writes a file that is never seen half-written."""
+    aside = file.with_name(f".{file.name}.writing")
+    aside.write_text(text)
+    _flush(aside)
+    aside.replace(file)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Makes `folder` by calling `write(path)` on a fresh folder beside it, then hashing and renaming that.
 
     An existing `folder` is replaced only when the new one is complete.
@@ -47,11 +69,10 @@ def write_folder(folder: Path, write) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     write(aside)
-    files = sorted(file for file in aside.rglob("*") if file.is_file())
-    manifest = {str(file.relative_to(aside)): sha256(file) for file in files}
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for file in (*files, aside / MANIFEST, aside):
-        _flush(file)
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    write_text(aside / MANIFEST, json.dumps({str(file.relative_to(aside)): sha256(file) for file in files}, indent=2))
+    for path in (*aside.rglob("*"), aside):
+        _flush(path)
     before = folder.with_name(f".{folder.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
@@ -61,85 +82,141 @@ def write_folder(folder: Path, write) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def check_folder(folder: Path) -> None:
-    """Compares every file with the manifest.
+def check_folder(folder: Path, needed: tuple[str, ...] = ()) -> None:
+    """Compares every file that the manifest lists with its sha256.
+
+    Args:
+        needed: files that the manifest must list.
 
     Raises:
-        CheckpointError: no manifest, or a file is missing or changed.
+        CheckpointError: no manifest, or a file is missing, changed or outside the folder.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} has no readable {MANIFEST}; it is not a complete checkpoint.") from error
-    for name, digest in manifest.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file() or sha256(file) != digest:
-            raise CheckpointError(f"{file} is missing or damaged (its sha256 is not the one in {MANIFEST}).")
+        digests = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        digests = None
+    if not isinstance(digests, dict):
+        raise CheckpointError(f"{folder} has no readable {MANIFEST}; it is not a complete checkpoint.")
+    for name in dict.fromkeys((*needed, *digests)):
+        if name not in digests or not _is_intact(folder, name, digests[name]):
+            raise CheckpointError(
+                f"{folder / name} is missing or damaged (its sha256 is not the one in {MANIFEST}); "
+                f"delete {folder} to go on from what was saved before it."
+            )
+
+
+def _is_intact(folder: Path, name: str, digest: str) -> bool:
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return False
+    try:
+        return sha256(folder / path) == digest
+    except (OSError, ValueError):  # not there, not readable, or a name that no file can have
+        return False
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints below `folder`, oldest first."""
-    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found)
+    found = {path: _STEP.fullmatch(path.name) for path in folder.glob("step-*") if (path / MANIFEST).is_file()}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(found[path][1]))
 
 
-def save_checkpoint(folder: Path, step: int, model, optimizer, ema, state: dict, extras, keep: int) -> Path:
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' own progress bar, which for a single file would only break up that of the run."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage | None,
+    state: dict,
+    extras: Callable[[Path], None],
+    keep: int,
+) -> Path:
     """Writes `folder/step-<step>` and then removes all but the newest `keep`.
 
     Args:
-        model: the unwrapped `LDAEForPreTraining`. ema: an `ExponentialMovingAverage` or None.
-        state: JSON-able facts (step, seed, plan …). extras: called with the new folder, adds processor and recipe.
+        model: the unwrapped `LDAEForPreTraining`. ema: None if the run has none.
+        state: JSON-able facts, `step` among them. extras: called with the new folder, adds processor and recipe.
     """
 
     def write(path: Path) -> None:
-        model.save_pretrained(path)
+        with quietly():
+            model.save_pretrained(path)
         extras(path)
-        (path / "training").mkdir()
-        save_file(optimizer_tensors(model, optimizer), path / "training" / "optimizer.safetensors")
-        save_file({"torch": torch.get_rng_state()}, path / "training" / "rng.safetensors")
+        (path / STATE).parent.mkdir()
+        save_file(optimizer_tensors(model, optimizer), path / OPTIMIZER)
+        save_file(rng_tensors(), path / RNG)
         if ema is not None:
-            save_file({k: v.contiguous() for k, v in ema.average.items()}, path / "training" / "ema.safetensors")
-        (path / "training" / "state.json").write_text(json.dumps(state, indent=2))
+            save_file(ema.average, path / EMA)
+        (path / STATE).write_text(json.dumps(state, indent=2))
 
+    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote or removed
+        shutil.rmtree(leftover)
     target = folder / f"step-{step:08d}"
     write_folder(target, write)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # first out of sight, in one move
     return target
 
 
-def load_checkpoint(folder: Path, model, optimizer, ema) -> dict:
+def load_checkpoint(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, ema: ExponentialMovingAverage | None
+) -> dict:
     """Puts a checked checkpoint's weights, optimizer, EMA and RNG in place; returns its state.
 
     Raises:
         CheckpointError: damaged, or made by another model.
     """
-    check_folder(folder)
+    check_folder(folder, (WEIGHTS, OPTIMIZER, RNG, STATE) + ((EMA,) if ema is not None else ()))
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        load_optimizer(model, optimizer, load_file(folder / "training" / "optimizer.safetensors"))
-        torch.set_rng_state(load_file(folder / "training" / "rng.safetensors")["torch"])
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        load_optimizer(model, optimizer, load_file(folder / OPTIMIZER))
         if ema is not None:
-            average = load_file(folder / "training" / "ema.safetensors")
-            for name, value in ema.average.items():
-                value.copy_(average[name])
-        return json.loads((folder / "training" / "state.json").read_text())
-    except (RuntimeError, KeyError, OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} does not fit this run: {error}") from error
+            ema.load(load_file(folder / EMA))
+        load_rng(load_file(folder / RNG))
+        return json.loads((folder / STATE).read_text())
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} does not fit this run: {textwrap.shorten(str(error), 300)}") from error
 
 
-def optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state as `<parameter name>.<step | exp_avg | exp_avg_sq>`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = optimizer.state
     return {f"{names[p]}.{key}": value.contiguous() for p, slot in state.items() for key, value in slot.items()}
 
 
-def load_optimizer(model, optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
-    state = {}
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        name = next(name for name, other in model.named_parameters() if other is parameter)
-        prefix = f"{name}."
-        state[index] = {key: tensors[prefix + key] for key in ("step", "exp_avg", "exp_avg_sq")}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = optimizer.state_dict()["param_groups"]  # the same parameters as numbers
+    state = {
+        number: {key: tensors[f"{names[parameter]}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for group, numbered in zip(optimizer.param_groups, groups, strict=True)
+        for parameter, number in zip(group["params"], numbered["params"], strict=True)
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """The states of torch's generators. The loop draws nothing from them, but an evaluation may."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    return {"torch": torch.get_rng_state()} | cuda
+
+
+def load_rng(tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `rng_tensors`, for the generators that there are."""
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(tensors["cuda"])

@@ -76,7 +76,7 @@ def train_loader(
         global_batch_size: images of a step. micro_batch_size: images of a batch, in one process.
         crop, crop_scale, flip: as in [`Crop`].
         seed: of order, crops, timesteps and noise.
-        num_workers: processes that decode images; 0 decodes in this one.
+        num_workers: processes that decode images; 0 decodes in this one, but a stream always has a worker.
         shuffle_buffer: rows that a stream shuffles together.
 
     Raises:
@@ -153,13 +153,12 @@ def eval_loader(source: ImageSource, image_size: int, batch_size: int, num_worke
     The row of an unreadable image, whose number is the `index` in `bad_images`, holds the next readable one with its
     label; a stream leaves the row out. A stream is read by one worker, to keep its order.
     """
-    num_workers = min(num_workers, 1) if source.streaming else num_workers
-    return _one_pass(source, SampleMaker(Crop(image_size)), batch_size, num_workers)
+    return _one_pass(source, SampleMaker(Crop(image_size)), batch_size, 1 if source.streaming else num_workers)
 
 
 def _one_pass(source, make, batch_size, num_workers, rank=0, world_size=1) -> DataLoader:
     if source.streaming:
-        samples, order = OrderedStream(source, make, rank, world_size), None
+        samples, order, num_workers = OrderedStream(source, make, rank, world_size), None, max(1, num_workers)
     else:
         samples, order = _Samples(source, make), _InOrder(len(source), rank, world_size)
     return DataLoader(

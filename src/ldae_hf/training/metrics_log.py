@@ -6,32 +6,44 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from .checkpointing import write_text
 
 
 class MetricsLog:
     """Sums what happens between two reports and writes one line for it; the lines of a resumed run join up.
 
+    Beside them `bad_images.jsonl` lists each image that could not be read and was replaced, once, with its reason.
+
     Args:
         folder: the run's folder. resume_at: lines of later steps, written by a run that then died, are dropped.
+        settings: of the run, plain values by name, for the trackers.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, resume_at: int):
+    def __init__(self, folder: Path, accelerator: Accelerator, resume_at: int, settings: dict):
         self.accelerator = accelerator
         self.file, self.bad_file = folder / "metrics.jsonl", folder / "bad_images.jsonl"
-        self.seen_bad = set()
         self.total_images, self.total_seconds = 0, 0.0
+        lines, bad = read_lines(self.file), read_lines(self.bad_file)
+        self.seen_bad = {row["index"] for row in bad}
+        accelerator.wait_for_everyone()  # all have read before the first one writes
         if accelerator.is_main_process:
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= resume_at]
-            self.file.write_text("".join(f"{line}\n" for line in kept))
-            if self.bad_file.exists():
-                self.seen_bad = {json.loads(line)["index"] for line in self.bad_file.read_text().splitlines()}
+            for file, kept in (self.file, [line for line in lines if line["step"] <= resume_at]), (self.bad_file, bad):
+                if file.exists():
+                    write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
         if accelerator.log_with:
-            accelerator.init_trackers("ldae")
+            accelerator.init_trackers("ldae", config=settings)
         self._reset()
 
     def _reset(self) -> None:
         self.loss, self.norm, self.waited, self.seconds, self.images, self.steps = 0.0, 0.0, 0.0, 0.0, 0, 0
+        self.bad = []
+
+    def bad_images(self, rows: list[dict]) -> None:
+        """Images that could not be read, as the data loader describes them."""
+        self.bad += rows
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, waited: float, seconds: float, images: int) -> None:
         """One optimizer step: loss and gradient norm stay on the device until the next report."""
@@ -39,50 +51,57 @@ class MetricsLog:
         self.waited, self.seconds = self.waited + waited, self.seconds + seconds
         self.images, self.steps = self.images + images, self.steps + 1
 
-    def write(self, step: int, **facts) -> dict:
-        """Means since the last report, over all processes, as one line; returned too."""
-        loss, norm = torch.as_tensor(self.loss), torch.as_tensor(self.norm)
-        loss = self.accelerator.reduce(loss, "mean").item() / self.steps
+    def summary(self, step: int, **facts) -> dict:
+        """Means since the last report, over all processes: loss, gradient norm, images/s and the share of the time that
+        was spent waiting for data. All processes call it."""
+        began = time.monotonic()
+        loss = self.accelerator.reduce(torch.as_tensor(self.loss), "mean").item() / self.steps
+        norm = torch.as_tensor(self.norm).item() / self.steps
+        self.seconds += time.monotonic() - began  # only here does the host wait until the device is done
         self.total_images += self.images
         self.total_seconds += self.seconds
+        for row in gather_object(self.bad):
+            if row["index"] not in self.seen_bad:
+                self.seen_bad.add(row["index"])
+                self._append(self.bad_file, row)
         line = {
             "step": step,
             **facts,
             "loss": loss,
-            "gradient_norm": norm.item() / self.steps,
+            "gradient_norm": norm,
             "images_per_second": self.images / self.seconds,
             "data_wait": self.waited / self.seconds,
+            "bad_images": len(self.seen_bad),
             "time": time.time(),
         }
         self._reset()
-        self._append(self.file, line)
-        self.accelerator.log({key: value for key, value in line.items() if key not in ("step", "time")}, step=step)
         return line
 
-    def write_evaluation(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers of an evaluation, as a line of their own."""
-        self._append(self.file, {"step": step, **numbers, "time": time.time()})
-        self.accelerator.log(numbers, step=step)
-        self.accelerator.print(f"step {step:,}: " + " · ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+    def write(self, line: dict) -> None:
+        """Appends a line, and hands its numbers to the trackers."""
+        self._append(self.file, line)
+        self.accelerator.log({key: value for key, value in line.items() if key not in ("step", "time")}, line["step"])
 
-    def bad_images(self, rows: list[dict]) -> None:
-        """Images that could not be read and were replaced: each is listed once, with its reason."""
-        for row in rows:
-            if row["index"] not in self.seen_bad:
-                self.seen_bad.add(row["index"])
-                with open(self.bad_file, "a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+    def write_evaluation(self, step: int, numbers: dict[str, float]) -> None:
+        """Numbers of an evaluation, as a line of their own. The main process calls it."""
+        self.write({"step": step, **numbers, "time": time.time()})
+        tqdm.write(f"step {step:,}: " + " · ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
 
     def images_per_second(self) -> float | None:
         """Mean over this session's steps, None if there were none."""
         return self.total_images / self.total_seconds if self.total_seconds else None
 
-    def close(self) -> None:
-        """Ends the trackers."""
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
-
     def _append(self, file: Path, line: dict) -> None:
         if self.accelerator.is_main_process:
             with open(file, "a") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSON-lines file, [] if there is none; a last line that was torn when the disk was full or the
+    power went is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        return [json.loads(line) for line in lines[:-1]]

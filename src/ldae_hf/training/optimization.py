@@ -1,6 +1,8 @@
 """From a recipe to the numbers of a run: learning rate, steps, accumulation. The only place where they are derived."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +44,7 @@ class Plan:
                 share of one process and is at most 256.
 
         Raises:
-            ValueError: the global batch does not split over the processes and the per-device batch, or the data set
+            ValueError: the global batch does not split over the processes and the per-device batches, or the data set
                 is smaller than one global batch.
         """
         train = recipe.train
@@ -57,7 +59,7 @@ class Plan:
         share = batch // num_processes
         if per_device_batch_size is None:
             per_device_batch_size = max(size for size in range(1, min(share, 256) + 1) if share % size == 0)
-        if share % per_device_batch_size:
+        if per_device_batch_size < 1 or share % per_device_batch_size:
             raise ValueError(
                 f"A per-device batch of {per_device_batch_size} does not divide the {share} images that each of "
                 f"{num_processes} processes contributes to a global batch of {batch}."
@@ -104,7 +106,11 @@ def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 class ExponentialMovingAverage:
-    """An fp32 average of a model's parameters: in bf16 a decay of 0.9999 would never move it."""
+    """An fp32 average of a model's parameters: in bf16 a decay of 0.9999 would never move it.
+
+    Attributes:
+        average: by the parameters' names, on their devices; it begins as a copy of them.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -116,11 +122,29 @@ class ExponentialMovingAverage:
         values = [value.detach().float() for value in model.parameters()]
         torch._foreach_lerp_(list(self.average.values()), values, 1 - self.decay)
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Puts the average in the model's place."""
-        for name, value in model.named_parameters():
-            value.copy_(self.average[name])
+    @contextmanager
+    def in_place_of_parameters(self, model: nn.Module) -> Iterator[None]:
+        """Within it the model has the average as parameters."""
+        own = {name: value.detach().clone() for name, value in model.named_parameters()}
+        _copy(self.average, dict(model.named_parameters()))
+        try:
+            yield
+        finally:
+            _copy(own, dict(model.named_parameters()))
+
+    def load(self, average: dict[str, torch.Tensor]) -> None:
+        """Takes up a saved average.
+
+        Raises:
+            KeyError, RuntimeError: a parameter is missing or has another shape.
+        """
+        _copy(average, self.average)
+
+
+@torch.no_grad()
+def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
+    for name, value in target.items():
+        value.copy_(source[name])
 
 
 def training_flops_per_image(config: LDAEConfig) -> float:

@@ -3,9 +3,11 @@
 Shards are dealt out to processes and, within them, to the workers of the data loader. `datasets` loses the content of
 its shuffle buffer when a stream is resumed, so the rows are shuffled here: block by block, each in an order that is a
 pure function of the seed. The state of a stream is then a few integers, and reading one block again restores it.
+
+Streams are read in worker processes only: a process that leaves a Parquet scan half-way may hang or abort when it ends
+(apache/arrow issue 45214), which the workers of a data loader do not, since they end without cleaning up.
 """
 
-import gc
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -47,21 +49,11 @@ def read_rows(
         if step > 1:
             shard = split_dataset_by_node(shard, rank, world_size)
         # `iter` and not `__iter__`: the latter would deal out the rows to the workers once more.
-        batches, exhausted = shard.iter(batch_size=16), False
-        try:
-            for columns in batches:
-                for content in zip(*columns.values(), strict=True):
-                    name = f"{shards[place]}:{row * step + (rank if step > 1 else 0)}"
-                    yield place, row, name, dict(zip(columns, content, strict=True))
-                    row += 1
-            exhausted = True
-        finally:
-            if not exhausted:
-                # A Parquet scan that is left half-way keeps a thread, and the process may hang or abort at its exit
-                # (apache/arrow issue 45214) unless its reference cycle is collected here.
-                batches.close()
-                del batches
-                gc.collect()
+        for columns in shard.iter(batch_size=16):
+            for content in zip(*columns.values(), strict=True):
+                name = f"{shards[place]}:{row * step + (rank if step > 1 else 0)}"
+                yield place, row, name, dict(zip(columns, content, strict=True))
+                row += 1
         row = 0
 
 
@@ -76,8 +68,7 @@ class OrderedStream(IterableDataset):
         self.source, self.make, self.rank, self.world_size = source, make, rank, world_size
 
     def __iter__(self) -> Iterator[dict]:
-        worker = get_worker_info()
-        lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
+        lane, lanes = get_worker_info().id, get_worker_info().num_workers
         shards, _ = process_shards(self.source.dataset.num_shards, self.rank, self.world_size)
         rows = read_rows(self.source, shards[lane::lanes], self.rank, self.world_size)
         # A sample waits until the next one is there, to take along what is unreadable between them or at the end.
@@ -109,9 +100,8 @@ class _ShuffledStream(IterableDataset):
         self.lanes, self.batches_done = lanes, batches_done
 
     def __iter__(self) -> Iterator[tuple[int, dict, dict]]:
-        worker = get_worker_info()
         # The data loader asks its workers in turn and begins with the first: after k batches, that is lane k.
-        lane = ((worker.id if worker else 0) + self.batches_done) % len(self.lanes)
+        lane = (get_worker_info().id + self.batches_done) % len(self.lanes)
         samples = self._samples(lane, self.lanes[lane])
         while True:
             batch = list(islice(samples, self.layout["batch_size"]))
@@ -154,7 +144,7 @@ class _ShuffledStream(IterableDataset):
                 place, row, _, _ = block[-1]
                 state = {"epoch": epoch, "shard": place, "row": row + 1, "block": state["block"] + 1, "offset": 0}
             if state["block"] == 0:
-                raise ValueError(f"Worker {lane} of process {rank} finds no rows in its shards of {self.source.name}.")
+                raise ValueError(f"Worker {lane} of process {rank} found no rows in its shards of {self.source.name}.")
             state = {"epoch": epoch + 1, "shard": 0, "row": 0, "block": 0, "offset": 0}
 
 
@@ -167,7 +157,7 @@ class StreamingLoader:
     Args:
         source: over a stream. make: makes samples of images.
         batch_size: images of a micro-batch. num_batches: how many, counted from the beginning of the training.
-        num_workers: at most the number of shards of a process is used.
+        num_workers: at least one; at most as many as a process has shards are used.
         shuffle_buffer: rows of a block, which a worker holds in memory as compressed images.
 
     Raises:
@@ -184,7 +174,7 @@ class StreamingLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        num_workers: int = 0,
+        num_workers: int = 1,
         shuffle_buffer: int = 1000,
         pin_memory: bool = False,
     ):
@@ -193,7 +183,7 @@ class StreamingLoader:
         shards, _ = process_shards(source.dataset.num_shards, rank, world_size)
         if num_workers > len(shards):
             logger.warning("%s has %d shard(s) for a process: as many workers.", source.name, len(shards))
-        self.num_workers = min(num_workers, len(shards))
+        self.num_workers = max(1, min(num_workers, len(shards)))
         self.source, self.make, self.num_batches, self.pin_memory = source, make, num_batches, pin_memory
         self.layout = {
             "seed": seed,
@@ -205,7 +195,7 @@ class StreamingLoader:
             "shuffle_buffer": shuffle_buffer,
         }
         start = {"epoch": 0, "shard": 0, "row": 0, "block": 0, "offset": 0, "count": 0}
-        self.batches_done, self.lanes = 0, [start] * max(1, self.num_workers)
+        self.batches_done, self.lanes = 0, [start] * self.num_workers
 
     def __len__(self) -> int:
         return max(0, self.num_batches - self.batches_done)

@@ -1,0 +1,43 @@
+"""A probe and k-NN while the encoder is being trained, on a part of the data and without floors."""
+
+from collections.abc import Callable
+
+from ..image_processing_ldae import LDAEImageProcessor
+from ..modeling_ldae import LDAEPreTrainedModel
+from ..training.data import ImageSource
+from .feature_maps import EncoderFeatures, load_encoder
+from .features import extract
+from .knn import knn
+from .linear_probe import linear_probe
+
+
+def online_evaluation(
+    train_source: ImageSource,
+    test_source: ImageSource,
+    *,
+    epochs: int = 30,
+    k: int = 20,
+    batch_size: int = 256,
+    num_workers: int = 2,
+    seed: int = 0,
+) -> Callable[[LDAEPreTrainedModel, LDAEImageProcessor], dict[str, float]]:
+    """An evaluation for the training loop: model and processor -> `probe_top1` and `knn_top1`, in percent.
+
+    Args:
+        train_source, test_source: what [`load_images`] gives, `"train[:10000]"` for example: every call extracts the
+            features of both anew.
+        epochs, seed: of [`linear_probe`]. k: of [`knn`].
+        batch_size: images of a forward pass. num_workers: processes that decode images.
+    """
+
+    def evaluate(model: LDAEPreTrainedModel, processor: LDAEImageProcessor) -> dict[str, float]:
+        feature_map = EncoderFeatures(*load_encoder(model, processor))
+        device, tensors = model.device, []
+        loading = dict(batch_size=batch_size, num_workers=num_workers, cache_dir=None, progress=False)
+        for source in (train_source, test_source):
+            [found] = extract([feature_map], source, processor.image_size, device=device, **loading)
+            tensors += [found.features, found.labels]
+        probe = linear_probe(*tensors, epochs=epochs, seed=seed, device=device, progress=False)
+        return {"probe_top1": probe["top1"], "knn_top1": knn(*tensors, k=k, device=device)["top1"]}
+
+    return evaluate

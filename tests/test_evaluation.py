@@ -1,0 +1,617 @@
+import io
+import json
+import math
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel
+from ldae_hf.evaluation import knn as knn_module
+from ldae_hf.evaluation.feature_maps import EncoderFeatures, load_encoder, state_fingerprint
+from ldae_hf.evaluation.features import cache_file, extract, extract_features, read_features, write_features
+from ldae_hf.evaluation.floors import FLOORS, PCALatents, RandomPatches, RawPixels, build_floors, untrained_encoder
+from ldae_hf.evaluation.knn import knn
+from ldae_hf.evaluation.ledger import append_to_ledger, commit, read_ledger, result_table
+from ldae_hf.evaluation.linear_probe import linear_probe
+from ldae_hf.evaluation.metrics import Top1Accuracy, accuracy, ranked_classes
+from ldae_hf.evaluation.online import online_evaluation
+from ldae_hf.evaluation.run import run_knn, run_linear_probe
+from ldae_hf.recipes import load_recipe
+from ldae_hf.training.data import load_images
+
+
+SIZE = 16
+
+
+def make_images(count: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
+    """Stripes, horizontal or vertical by class, of random colour, phase and contrast, with noise."""
+    generator = np.random.default_rng(seed)
+    images, labels = [], []
+    for label in generator.integers(0, 2, count).tolist():
+        wave = np.sin(np.arange(SIZE) * 1.3 + generator.uniform(0, 2 * np.pi)) * generator.uniform(20, 60)
+        stripes = np.broadcast_to(wave[:, None] if label else wave[None], (SIZE, SIZE))
+        pixels = 128 + stripes[..., None] * generator.uniform(0.2, 1, 3) + generator.normal(0, 12, (SIZE, SIZE, 3))
+        images.append(pixels.clip(0, 255).astype(np.uint8))
+        labels.append(label)
+    return images, labels
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_dataset(files: list[bytes], labels: list[int]) -> Dataset:
+    rows = {"image": [{"bytes": data, "path": None} for data in files], "label": labels}
+    return Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "label": Value("int64")}))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return make_images(96, seed=0)
+
+
+@pytest.fixture(scope="module")
+def train_source(images):
+    pixels, labels = images
+    return load_images(make_dataset([as_png(image) for image in pixels], labels))
+
+
+@pytest.fixture(scope="module")
+def test_source():
+    pixels, labels = make_images(48, seed=1)
+    return load_images(make_dataset([as_png(image) for image in pixels], labels), "test")
+
+
+@pytest.fixture(scope="module")
+def processor(images):
+    return LDAEImageProcessor(image_size=SIZE, patch_size=4, latent_dim=8).fit(images[0], progress=False)
+
+
+def make_model(processor, seed: int = 0) -> LDAEModel:
+    """A small encoder whose blocks do something: a fresh one's are the identity."""
+    config = LDAEConfig(
+        image_size=SIZE,
+        patch_size=4,
+        latent_dim=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        decoder_num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(seed)
+    model = LDAEModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.set_processor(processor)
+    return model
+
+
+@pytest.fixture
+def model(processor):
+    return make_model(processor)
+
+
+@pytest.fixture
+def options(tmp_path):
+    return {"num_workers": 0, "progress": False, "cache_dir": tmp_path / "cache"}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def blobs(count: int, seed: int, spread: float = 1.0, num_classes: int = 4, dim: int = 12):
+    """Gaussian clusters of unequal scale; the centres are the same for every seed."""
+    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (count,), generator=generator)
+    scales = torch.logspace(-2, 2, dim)
+    return (centres[labels] + spread * torch.randn(count, dim, generator=generator)) * scales + 3, labels
+
+
+# -- Metric -----------------------------------------------------------------------------------------------------------
+
+
+def test_accuracies_equal_sklearns_and_need_no_network(no_network):
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.rand(500, 12, generator=generator), torch.randint(12, (500,), generator=generator)
+    result = accuracy(scores, labels)
+    assert result["top1"] == pytest.approx(100 * accuracy_score(labels, scores.argmax(1)))
+    assert result["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=5, labels=range(12)))
+    assert set(accuracy(scores[:, :9], labels % 9)) == {"top1"}  # below ten classes top-5 says little
+
+
+def test_the_metric_takes_plain_classes_and_combines_with_others(no_network):
+    combined = evaluate.combine([Top1Accuracy(keep_in_memory=True), Top1Accuracy(keep_in_memory=True)])
+    result = combined.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2])
+    assert set(result.values()) == {75.0}
+
+
+def test_of_equal_scores_the_lower_class_is_ranked_first():
+    assert ranked_classes(torch.zeros(1, 10)).tolist() == [[0, 1, 2, 3, 4]]
+
+
+# -- k-NN -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("similarities", [2**24, 700], ids=["one chunk", "many chunks"])
+def test_knn_equals_sklearns_with_the_same_weights(monkeypatch, similarities):
+    monkeypatch.setattr(knn_module, "SIMILARITIES", similarities)
+    (train, train_labels), (test, test_labels) = blobs(300, 0, spread=2.0), blobs(101, 1, spread=2.0)
+    peer = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine", algorithm="brute")
+    predicted = peer.fit(train.double(), train_labels).predict(test.double())
+    votes = knn_module.knn_votes(train, train_labels, test, 4, k=20, temperature=0.07)
+    assert votes.argmax(1).tolist() == predicted.tolist()
+    expected = 100 * (predicted == test_labels.numpy()).mean()
+    assert knn(train, train_labels, test, test_labels)["top1"] == pytest.approx(expected)
+
+
+def test_a_very_low_temperature_leaves_the_nearest_neighbour_alone():
+    (train, train_labels), (test, test_labels) = blobs(200, 0, spread=2.0), blobs(80, 1, spread=2.0)
+    nearest = knn(train, train_labels, test, test_labels, k=1)["top1"]
+    assert knn(train, train_labels, test, test_labels, k=20, temperature=1e-6)["top1"] == nearest
+
+
+@pytest.mark.parametrize("arguments", [{"k": 0}, {"k": 31}, {"temperature": 0.0}], ids=str)
+def test_knn_refuses_impossible_neighbours(arguments):
+    features, labels = blobs(30, 0)
+    with pytest.raises(ValueError, match="must lie in 1 ... 30"):
+        knn(features, labels, features, labels, **arguments)
+
+
+# -- Linear probe -----------------------------------------------------------------------------------------------------
+
+
+def probe(train, test, **arguments):
+    return linear_probe(*train, *test, **{"progress": False, "batch_size": 64} | arguments)
+
+
+def test_the_probe_reaches_the_accuracy_of_logistic_regression():
+    train, test = blobs(2000, 0, spread=1.5), blobs(2000, 1, spread=1.5)
+    mean, std = train[0].mean(0), train[0].std(0)
+    peer = LogisticRegression(C=np.inf, max_iter=1000).fit((train[0] - mean) / std, train[1])
+    expected = 100 * peer.score((test[0] - mean) / std, test[1])
+    assert 60 < expected < 95
+    assert probe(train, test)["top1"] == pytest.approx(expected, abs=0.7)
+
+
+def test_separable_classes_are_told_apart_without_an_error():
+    result = probe(blobs(400, 0, spread=0.1), blobs(400, 1, spread=0.1))
+    assert result["top1"] == result["best_top1"] == 100
+
+
+def test_random_labels_give_chance():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (
+        (features, labels[torch.randperm(2000, generator=generator)])
+        for features, labels in (blobs(2000, 0), blobs(2000, 1))
+    )
+    assert probe(train, test, epochs=5)["top1"] == pytest.approx(25, abs=4)  # four standard deviations
+
+
+def test_learning_rates_trained_together_do_what_each_does_alone():
+    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
+    together = probe(train, test, learning_rates=(0.001, 0.03, 1.0), epochs=4)["learning_rates"]
+    alone = [probe(train, test, learning_rates=(rate,), epochs=4)["learning_rates"][0] for rate in (0.001, 0.03, 1.0)]
+    assert together == alone
+    assert len({entry["top1"] for entry in together}) > 1
+
+
+def test_the_learning_rate_is_selected_on_the_held_out_part_and_never_on_the_test_set():
+    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
+    result = probe(train, test, learning_rates=(1e-5, 1e-2, 1.0), epochs=3)
+    best = max(result["learning_rates"], key=lambda entry: entry["held_out_top1"])
+    assert (result["learning_rate"], result["top1"]) == (best["learning_rate"], best["top1"])
+    assert result["best_top1"] == max(entry["top1"] for entry in result["learning_rates"])
+    shuffled = probe(train, (test[0], test[1].flip(0)), learning_rates=(1e-5, 1e-2, 1.0), epochs=3)
+    assert [entry["held_out_top1"] for entry in shuffled["learning_rates"]] == [
+        entry["held_out_top1"] for entry in result["learning_rates"]
+    ]
+
+
+def test_units_of_the_features_do_not_matter_to_the_probe():
+    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
+    rescaled = ((train[0] * 8 - 100, train[1]), (test[0] * 8 - 100, test[1]))
+    assert probe(*rescaled, epochs=3)["top1"] == pytest.approx(probe(train, test, epochs=3)["top1"], abs=0.7)
+
+
+def test_the_same_seed_gives_the_same_probe_and_another_seed_another_order():
+    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
+    first, again, other = (probe(train, test, epochs=2, seed=seed) for seed in (3, 3, 4))
+    assert first["learning_rates"] == again["learning_rates"] != other["learning_rates"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(learning_rates=()), "positive learning rates"),
+        (dict(learning_rates=(0.1, -1.0)), "positive learning rates"),
+        (dict(epochs=0), "at least one epoch"),
+        (dict(held_out=0.0), "held_out=0.0 of 40"),
+        (dict(held_out=0.6), "at most half"),
+    ],
+    ids=str,
+)
+def test_the_probe_refuses_arguments_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        probe(blobs(40, 0), blobs(20, 1), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x[:, :5], y), "12 values and the test features 5"),
+        (lambda x, y: (x, y[:-1]), "must be"),
+        (lambda x, y: (x.log(), y), "NaN or infinite"),
+        (lambda x, y: (x, y - 9), "without a label"),
+        (lambda x, y: (x, y + 9), "which the training set does not have"),
+    ],
+)
+@pytest.mark.parametrize("evaluation", [linear_probe, knn])
+def test_features_that_cannot_be_evaluated_are_refused(evaluation, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation(*blobs(40, 0), *change(*blobs(20, 1)))
+
+
+# -- Features and their cache -----------------------------------------------------------------------------------------
+
+
+def test_features_are_the_pooled_output_of_the_model_on_the_processors_images(
+    model, processor, train_source, images, options
+):
+    found = extract_features(model, train_source, processor=processor, batch_size=40, **options)
+    with torch.inference_mode():
+        expected = model(**processor(images[0], return_tensors="pt")).pooler_output
+    torch.testing.assert_close(found.features, expected, rtol=1e-5, atol=1e-6)
+    assert found.features.dtype == torch.float32
+    assert found.labels.tolist() == images[1] and found.sample_ids.tolist() == list(range(96))
+    assert found.bad_images == 0
+
+
+def test_a_folder_a_model_and_a_pretraining_model_give_the_same_features(
+    model, processor, train_source, options, tmp_path
+):
+    pretraining = LDAEForPreTraining(model.config)
+    pretraining.ldae.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    options["cache_dir"] = None
+    from_folder = extract_features(tmp_path / "encoder", train_source, **options)
+    for other in (model, pretraining):
+        found = extract_features(other, train_source, processor=processor, **options)
+        assert torch.equal(found.features, from_folder.features)
+
+
+def test_a_second_extraction_reads_the_cache_and_not_the_images(model, processor, train_source, options):
+    first = extract_features(model, train_source, processor=processor, **options)
+    [file] = options["cache_dir"].iterdir()
+    write_features(file, first._replace(features=torch.full((96, 16), 7.0), bad_images=5))
+    second = extract_features(model, train_source, processor=processor, **options)
+    assert (second.features == 7).all() and second.bad_images == 5
+    assert torch.equal(second.labels, first.labels) and torch.equal(second.sample_ids, first.sample_ids)
+
+
+@pytest.mark.parametrize("change", ["weights", "buffers", "timestep", "noise", "dtype", "images", "size"])
+def test_the_cache_forgets_when_anything_changes_that_features_depend_on(
+    model, processor, train_source, tmp_path, change
+):
+    def key(source=train_source, size=SIZE, **arguments):
+        return cache_file(tmp_path, EncoderFeatures(model, processor, **arguments), source, size)
+
+    before = key()
+    assert key() == before
+    if change == "weights":
+        model.layers[0].mlp.fc1.weight.data[0, 0] += 1e-6
+        after = key()
+    elif change == "buffers":
+        model.position_embeddings[0, 0, 0] += 1
+        after = key()
+    elif change == "images":
+        rows = train_source.dataset
+        after = key(source=load_images(rows.select(range(1, len(rows)))))
+    elif change == "size":
+        after = key(size=2 * SIZE)
+    else:
+        after = key(**{change: {"timestep": 11, "noise": "frozen", "dtype": "bfloat16"}[change]})
+    assert after != before
+
+
+def test_a_cached_file_is_whole_or_not_there(tmp_path, model, processor, train_source, options):
+    options["cache_dir"] = None
+    features = extract_features(model, train_source, processor=processor, **options)
+    write_features(tmp_path / "a" / "file.safetensors", features)
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["file.safetensors"]
+    restored = read_features(tmp_path / "a" / "file.safetensors")
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(restored, features, strict=True))
+    file = tmp_path / "a" / "file.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="file.safetensors in the cache of features is damaged"):
+        read_features(file)
+
+
+def test_features_can_go_into_a_trained_head(model, processor, train_source, options):
+    features = extract_features(model, train_source, processor=processor, **options).features
+    head = torch.nn.Linear(16, 2)
+    head(features).sum().backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unreadable_images_are_left_out_and_counted(model, processor, images, options, streaming):
+    pixels, labels = images
+    files = [as_png(image) for image in pixels]
+    files[0], files[40], files[41], files[95] = b"", files[40][:60], b"no image", files[95][:90]
+    good = [index for index in range(96) if index not in (0, 40, 41, 95)]
+    options["cache_dir"] = None
+    source = load_images(make_dataset(files, labels), streaming=streaming)
+    found = extract_features(model, source, processor=processor, batch_size=1, **options)
+    assert found.bad_images == 4
+    assert found.sample_ids.tolist() == good
+    assert found.labels.tolist() == [labels[index] for index in good]
+    whole = extract_features(
+        model, load_images(make_dataset([as_png(image) for image in pixels], labels)), processor=processor, **options
+    )
+    torch.testing.assert_close(found.features, whole.features[good], rtol=1e-5, atol=1e-6)
+
+
+def test_features_of_a_stream_are_the_same_and_are_not_kept(model, processor, images, train_source, options):
+    stream = load_images(make_dataset([as_png(image) for image in images[0]], images[1]), streaming=True)
+    found = extract_features(model, stream, processor=processor, **options)
+    assert not options["cache_dir"].exists()
+    expected = extract_features(model, train_source, processor=processor, **options)
+    torch.testing.assert_close(found.features, expected.features, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_noise_belongs_to_the_sample_and_not_to_the_batch(model, processor, train_source, options):
+    options["cache_dir"] = None
+    noisy = dict(processor=processor, timestep=300, noise="frozen")
+    first = extract_features(model, train_source, batch_size=96, **noisy, **options)
+    again = extract_features(model, train_source, batch_size=7, **noisy, **options)
+    torch.testing.assert_close(first.features, again.features, rtol=1e-5, atol=1e-6)
+    clean = extract_features(model, train_source, processor=processor, timestep=300, **options)
+    other = extract_features(model, train_source, seed=1, **noisy, **options)
+    for different in (clean, other):
+        assert (first.features - different.features).abs().mean() > 1e-2
+
+
+def test_bfloat16_features_are_near_those_in_float32(model, processor, train_source, options):
+    exact, rough = (
+        extract_features(model, train_source, processor=processor, dtype=dtype, **options).features
+        for dtype in ("float32", "bfloat16")
+    )
+    error = (exact - rough).norm() / exact.norm()
+    assert 0 < error < 0.02
+
+
+def test_an_encoder_and_another_ones_processor_are_refused(model, processor, images, tmp_path):
+    other = LDAEImageProcessor(image_size=SIZE, patch_size=4, latent_dim=8).fit(images[0][:50], progress=False)
+    with pytest.raises(ValueError, match="not the one this model was built with"):
+        load_encoder(model, other)
+    model.save_pretrained(tmp_path / "encoder")
+    other.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="not the one this model was built with"):
+        load_encoder(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="needs its processor too"):
+        load_encoder(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(noise="fresh"), "'fresh' must be one of clean, frozen"),
+        (dict(dtype="float16"), "'float16' one of float32, bfloat16"),
+        (dict(timestep=1000), "must lie in 0 ... 999"),
+    ],
+    ids=str,
+)
+def test_unknown_ways_to_take_features_are_refused(model, processor, change, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderFeatures(model, processor, **change)
+
+
+# -- Floors -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_floor_has_its_dimension_and_comes_out_the_same_twice(model, processor, train_source, options):
+    options["cache_dir"] = None
+    first, again = (
+        extract(build_floors(FLOORS, model, processor, train_source), train_source, SIZE, **options) for _ in range(2)
+    )
+    assert [found.features.shape for found in first] == [(96, 3 * SIZE**2), (96, 16 * 8), (96, 16), (96, 16)]
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one.features, other.features)
+        assert one.features.std(dim=0).min() > 0
+
+
+def test_another_seed_changes_the_random_floors_only(model, processor, train_source):
+    fingerprints = [
+        [floor.fingerprint for floor in build_floors(FLOORS, model, processor, train_source, seed=seed)]
+        for seed in (0, 1)
+    ]
+    assert [a != b for a, b in zip(*fingerprints, strict=True)] == [False, False, True, True]
+
+
+def test_an_unknown_floor_is_refused(model, processor, train_source):
+    with pytest.raises(ValueError, match="no floor 'ceiling'; the floors are pixels, latents"):
+        build_floors(["pixels", "ceiling"], model, processor, train_source)
+
+
+def test_large_images_are_shrunk_for_the_pixel_floor():
+    constant = torch.full((2, 3, 128, 128), 51, dtype=torch.uint8)
+    floor = RawPixels(128)
+    assert floor.name == "raw pixels at 32x32"
+    assert torch.allclose(floor(constant, None), torch.full((2, 3072), 0.2))
+
+
+def test_the_latent_floor_is_what_the_processor_encodes(model, processor, images):
+    found = PCALatents(model, processor)(torch.from_numpy(processor.crop(images[0][:5])), None)
+    torch.testing.assert_close(found, processor.encode(images[0][:5]).flatten(1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_untrained_encoder_has_new_weights_the_same_basis_and_leaves_the_generator_alone(model, processor):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    untrained = untrained_encoder(model, processor, seed=1).model
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(untrained.tokenizer.components, model.tokenizer.components)
+    assert state_fingerprint(untrained) != state_fingerprint(model)
+    assert state_fingerprint(untrained) == state_fingerprint(untrained_encoder(model, processor, seed=1).model)
+
+
+def test_random_patches_see_neither_brightness_nor_more_than_a_factor_of_contrast(train_source):
+    floor = RandomPatches(train_source, SIZE, 24)
+    pixels = torch.randint(20, 100, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+    features = floor(pixels, None)
+    assert features.shape == (4, 24) and features.min() > 0
+    torch.testing.assert_close(floor(pixels + 50, None), features, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(floor(pixels * 2, None), 2 * features, rtol=1e-4, atol=1e-3)
+
+
+def test_random_patches_of_large_images_take_a_stride(train_source):
+    pixels = torch.randint(0, 255, (2, 3, 256, 256), dtype=torch.uint8)
+    floor = RandomPatches(train_source, 256, 8)
+    assert floor.stride == 4 and "stride 4" in floor.name
+    exhaustive = RandomPatches(train_source, 256, 8)
+    exhaustive.stride = 1
+    # A sixteenth of the places is enough for a mean.
+    torch.testing.assert_close(floor(pixels, None), exhaustive(pixels, None), rtol=0.15, atol=0)
+
+
+def test_more_filters_than_patches_are_refused(train_source):
+    with pytest.raises(ValueError, match="are fewer than 20001"):
+        RandomPatches(train_source, SIZE, 20_001)
+
+
+# -- Ledger -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_comes_back_from_the_ledger_with_its_circumstances(tmp_path):
+    file = tmp_path / "results" / "ledger.jsonl"
+    written = [append_to_ledger({"recipe": "l_dae", "top1": 48.5, "seed": seed}, file) for seed in (0, 1)]
+    assert read_ledger(file) == written
+    assert [row["seed"] for row in written] == [0, 1]
+    assert set(written[0]) == {"time", "command", "commit", "machine", "versions", "recipe", "top1", "seed"}
+    assert written[0]["machine"]["cores"] >= 1 and written[0]["versions"]["torch"] == torch.__version__
+    assert commit() is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit())
+
+
+def test_a_broken_line_costs_only_itself(tmp_path):
+    file = tmp_path / "ledger.jsonl"
+    append_to_ledger({"n": 1}, file)
+    with file.open("ab") as stream:
+        stream.write(b'{"n": 2, "cut of\n\n[3]\n\xff\xfe\n')
+    append_to_ledger({"n": 4}, file)
+    with pytest.warns(UserWarning, match="no row of a ledger") as warned:
+        assert [row["n"] for row in read_ledger(file)] == [1, 4]
+    assert len(warned) == 3
+    assert read_ledger(tmp_path / "none.jsonl") == []
+
+
+def test_writers_at_the_same_time_lose_no_row(tmp_path):
+    file = tmp_path / "ledger.jsonl"
+    circumstances = dict(commit=None, machine={}, versions={}, padding="x" * 5000)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: append_to_ledger({"n": n, **circumstances}, file), range(40)))
+    assert sorted(row["n"] for row in read_ledger(file)) == list(range(40))
+
+
+def test_a_number_that_is_none_never_enters_the_ledger(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_to_ledger({"top1": math.nan}, tmp_path / "ledger.jsonl")
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+# -- The whole line ---------------------------------------------------------------------------------------------------
+
+
+def test_a_probe_of_a_folder_states_floors_protocol_and_recipe_and_enters_the_ledger(
+    model, processor, train_source, test_source, options, tmp_path, no_network
+):
+    model.save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    load_recipe("l_dae", "cpu").save(tmp_path / "encoder")
+    written = dict(output=tmp_path / "out" / "probe.json", ledger=tmp_path / "ledger.jsonl")
+    row = run_linear_probe(
+        tmp_path / "encoder",
+        train_source,
+        test_dataset=test_source,
+        epochs=20,
+        training={"seed": 7, "budget": {"steps": 10}},
+        **written,
+        **options,
+    )
+    assert read_ledger(written["ledger"]) == [row] == [json.loads(written["output"].read_text())]
+    assert (row["task"], row["recipe"], row["tier"], row["seed"]) == ("linear_probe", "l_dae", "cpu", 7)
+    assert list(row["floors"]) == ["raw pixels", "PCA latents", "untrained encoder", "random whitened patches"]
+    assert [entry["dim"] for entry in (row, *row["floors"].values())] == [16, 768, 128, 16, 16]
+    # Neither pixels nor latents can tell the direction of stripes of any phase linearly; filters can.
+    assert row["floors"]["random whitened patches"]["top1"] > 90 > row["floors"]["raw pixels"]["top1"]
+    protocol = row["protocol"]
+    assert protocol["features"]["encoder"] == state_fingerprint(model)
+    assert protocol["features"]["processor"] == processor.fingerprint
+    assert (protocol["features"]["timestep"], protocol["features"]["noise"]) == (10, "clean")
+    assert (protocol["train"]["images"], protocol["test"]["images"], protocol["test"]["bad_images"]) == (96, 48, 0)
+    assert protocol["linear_probe"]["epochs"] == 20 and protocol["linear_probe"]["batch_size"] == 12
+    table = result_table(row)
+    for name, entry in row["floors"].items():
+        assert re.search(rf"{name} +{entry['dim']} +{entry['top1']:.1f} +{entry['best_top1']:.1f}$", table, re.M)
+
+
+def test_without_a_data_set_the_encoders_recipe_names_it(
+    model, processor, train_source, test_source, options, tmp_path, monkeypatch
+):
+    model.save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="no recipe.json beside the encoder names one"):
+        run_knn(tmp_path / "encoder", **options)
+    load_recipe("l_dae", "cpu").save(tmp_path / "encoder")
+    (tmp_path / "cifar10").mkdir()
+    train_source.dataset.to_parquet(tmp_path / "cifar10" / "train-0.parquet")
+    test_source.dataset.to_parquet(tmp_path / "cifar10" / "test-0.parquet")
+    monkeypatch.setenv("LDAE_DATA", str(tmp_path))
+    row = run_knn(tmp_path / "encoder", floors=(), **options)
+    found = [(row["protocol"][split]["split"], row["protocol"][split]["images"]) for split in ("train", "test")]
+    assert found == [("train", 96), ("test", 48)]
+    given = run_knn(model, train_source, test_dataset=test_source, processor=processor, floors=(), **options)
+    assert row["top1"] == given["top1"]
+
+
+def test_knn_of_a_model_runs_the_same_line(model, processor, train_source, test_source, options):
+    row = run_knn(model, train_source, test_dataset=test_source, processor=processor, k=5, floors=["pixels"], **options)
+    assert row["task"] == "knn" and row["recipe"] is None
+    assert row["protocol"]["knn"]["k"] == 5 and "best_top1" not in row
+    assert [line.split("  ")[0] for line in result_table(row).splitlines()][1:] == ["encoder", "raw pixels"]
+
+
+def test_a_data_set_without_labels_is_refused_before_any_work(model, processor, images, options):
+    unlabelled = load_images(make_dataset([as_png(image) for image in images[0]], images[1]).remove_columns("label"))
+    with pytest.raises(ValueError, match="has no labels"):
+        run_knn(model, unlabelled, test_dataset=unlabelled, processor=processor, **options)
+    assert not options["cache_dir"].exists()
+
+
+def test_the_training_loop_can_ask_for_both_accuracies(model, processor, train_source, test_source):
+    pretraining = LDAEForPreTraining(model.config)
+    pretraining.ldae.load_state_dict(model.state_dict())
+    result = online_evaluation(train_source, test_source, epochs=2, num_workers=0)(pretraining, processor)
+    assert set(result) == {"probe_top1", "knn_top1"}
+    assert all(0 <= value <= 100 for value in result.values())
