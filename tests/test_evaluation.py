@@ -23,7 +23,7 @@ from ldae_hf.evaluation.features import cache_file, extract, extract_features, r
 from ldae_hf.evaluation.floors import FLOORS, PCALatents, RandomPatches, RawPixels, build_floors, untrained_encoder
 from ldae_hf.evaluation.knn import knn
 from ldae_hf.evaluation.ledger import append_to_ledger, commit, read_ledger, result_table
-from ldae_hf.evaluation.linear_probe import linear_probe
+from ldae_hf.evaluation.linear_probe import _train_and_score, linear_probe
 from ldae_hf.evaluation.metrics import Top1Accuracy, accuracy, ranked_classes
 from ldae_hf.evaluation.online import online_evaluation
 from ldae_hf.evaluation.run import run_knn, run_linear_probe
@@ -215,16 +215,44 @@ def test_learning_rates_trained_together_do_what_each_does_alone():
     assert len({entry["top1"] for entry in together}) > 1
 
 
-def test_the_learning_rate_is_selected_on_the_held_out_part_and_never_on_the_test_set():
-    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
-    result = probe(train, test, learning_rates=(1e-5, 1e-2, 1.0), epochs=3)
-    best = max(result["learning_rates"], key=lambda entry: entry["held_out_top1"])
-    assert (result["learning_rate"], result["top1"]) == (best["learning_rate"], best["top1"])
-    assert result["best_top1"] == max(entry["top1"] for entry in result["learning_rates"])
-    shuffled = probe(train, (test[0], test[1].flip(0)), learning_rates=(1e-5, 1e-2, 1.0), epochs=3)
-    assert [entry["held_out_top1"] for entry in shuffled["learning_rates"]] == [
-        entry["held_out_top1"] for entry in result["learning_rates"]
-    ]
+def test_the_learning_rate_is_selected_without_the_test_set():
+    train, (features, labels) = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
+    rates = dict(learning_rates=(1e-5, 1e-2, 1.0), epochs=3)
+    result, misled = probe(train, (features, labels), **rates), probe(train, (features, (labels + 1) % 4), **rates)
+    for found in (result, misled):
+        best = max(found["learning_rates"], key=lambda entry: entry["held_out_top1"])
+        assert (found["learning_rate"], found["top1"]) == (best["learning_rate"], best["top1"])
+        assert found["best_top1"] == max(entry["top1"] for entry in found["learning_rates"])
+    # Where test labels are wrong, the worst learning rate looks best on them, and still is not taken.
+    assert misled["learning_rate"] == result["learning_rate"] and misled["best_top1"] > misled["top1"]
+
+
+def test_the_held_out_part_is_not_trained_on_while_learning_rates_are_compared():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(200, 300, generator=generator), torch.randint(4, (200,), generator=generator)
+    result = probe((features, labels), (features, labels), held_out=0.5, learning_rates=(0.1,))
+    assert result["top1"] == 100  # noise is learnt by heart where it is trained on
+    assert result["learning_rates"][0]["held_out_top1"] < 50
+
+
+def test_the_probe_is_the_loop_that_torch_would_run():
+    (features, labels), (others, _) = blobs(130, 0, spread=2.0), blobs(20, 1, spread=2.0)
+    mean, std = features.mean(0), features.std(0, unbiased=False)
+    scores = _train_and_score(
+        features, labels, others, learning_rates=(0.3,), epochs=3, batch_size=32, num_classes=4, seed=5, progress=False
+    )
+    head = torch.nn.Linear(12, 4)
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.3, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        for batch in torch.randperm(130, generator=generator)[:128].split(32):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head((features[batch] - mean) / std), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    torch.testing.assert_close(scores[0], head((others - mean) / std).detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_units_of_the_features_do_not_matter_to_the_probe():

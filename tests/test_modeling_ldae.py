@@ -1035,3 +1035,11 @@ def test_loading_can_tell_what_it_loaded(processor, tmp_path):
     build(processor=processor, dtype=torch.float32).save_pretrained(tmp_path)
     model, info = LDAEModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model) is LDAEModel and not info["missing_keys"]
+
+
+def test_a_misspelt_keyword_is_refused_by_every_forward():
+    config = LDAEConfig(image_size=16, patch_size=8, latent_dim=4, hidden_size=16, num_attention_heads=2)
+    pixel_values = torch.zeros(2, 3, 16, 16)
+    for model in (LDAEModel(config), LDAEForPreTraining(config), LDAEForImageClassification(config)):
+        with pytest.raises(TypeError, match="no argument 'timestep'"):
+            model(pixel_values, timestep=3)

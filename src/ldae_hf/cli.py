@@ -10,18 +10,24 @@ from ldae_hf.recipes import load_recipe, tier_names
 from ldae_hf.recipes.display import diff_text, show_text, tree_text
 
 
-# What a user can get wrong and mend; the message is the whole answer. Anything else is a bug and shows its traceback.
-USER_ERRORS = (ValueError,)
+# What a user can get wrong and mend (a value, a file, the network, a full disk); the message is the whole answer.
+# Anything else is a bug and shows its traceback.
+USER_ERRORS = (ValueError, OSError)
 
 
 class PlainErrors(TyperGroup):
-    """Prints a user's error as one sentence and ends with exit code 2."""
+    """Prints a user's error on one line and ends with exit code 2."""
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read our output has gone: no error
+            raise
         except USER_ERRORS as error:
-            typer.echo(f"Error: {error}", err=True)
+            message = str(error)
+            if message.startswith("Caught "):  # a data loader's worker sends its traceback, the message comes last
+                message = message.strip().splitlines()[-1].partition(": ")[2]
+            typer.echo(f"Error: {' '.join(message.split())}", err=True)
             raise typer.Exit(2) from error
 
 

@@ -78,7 +78,7 @@ class LDAEConfig(PreTrainedConfig):
         latent_scaling (`str`): `"global"` (mean latent variance 1), `"whiten"` (each 1) or `"none"`.
         residual_weight (`float`): weight of the loss outside the K latent directions (Eq. 4: 0.1).
         num_train_timesteps (`int`): noise levels T; `single_level` has one, whatever this says.
-        feature_timestep (`int`): timestep at which features are taken; default 10, and 0 for `single_level`.
+        feature_timestep (`int`): timestep at which features are taken; default 10, or the last if there are fewer.
         processor_fingerprint (`str`): sha256 of the PCA basis in the weights; set by `model.set_processor`.
 
     Raises:
@@ -120,7 +120,7 @@ class LDAEConfig(PreTrainedConfig):
         if self.conditioning_hidden_size == "quarter":
             self.conditioning_hidden_size = max(1, self.hidden_size // 4)
         if self.feature_timestep is None:
-            self.feature_timestep = 0 if self.noise_schedule == "single_level" else 10
+            self.feature_timestep = min(10, self.num_noise_levels - 1)
         super().__post_init__(**kwargs)
         # @strict would run these too, but in alphabetical order, and wrap the sentence in one of its own.
         self.validate_values()

@@ -292,6 +292,22 @@ PREDICTIONS = {
 # ------------------------------------------------------------------------------------------------------ the models
 
 
+# Keywords that transformers hands to every forward, beside our own.
+COMMON_KEYWORDS = {
+    "interpolate_pos_encoding",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def refuse_unknown(keywords: dict) -> None:
+    """Raises TypeError for a keyword that no forward knows: `timestep=3` must not give the default's features."""
+    if unknown := sorted(keywords.keys() - COMMON_KEYWORDS):
+        raise TypeError(f"forward() has no argument {unknown[0]!r}; it takes pixel_values, timesteps and noise.")
+
+
 class LDAEPreTrainedModel(PreTrainedModel):
     """What the three models share: initialisation, loading that never invents weights, the PCA basis."""
 
@@ -494,6 +510,7 @@ class LDAEModel(LDAEPreTrainedModel):
         Raises:
             ValueError: wrong image shape or type, or timesteps or noise that do not fit.
         """
+        refuse_unknown(kwargs)
         grid = self.grid_of(pixel_values)
         tokens = self.tokenizer.encode(pixel_values)  # (B, N, K)
         timesteps = self.config.feature_timestep if timesteps is None else timesteps
@@ -536,6 +553,7 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
             timesteps: (B,) in 0 ... T-1, or one integer; drawn uniformly if not given.
             noise: (B,N,K) standard normal; drawn if not given.
         """
+        refuse_unknown(kwargs)
         grid = self.ldae.grid_of(pixel_values)
         tokens = self.ldae.tokenizer.encode(pixel_values)  # (B, N, K)
         timesteps, noise = self.ldae.schedule.sample(tokens, timesteps, noise)

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written aside, the sha256 of every file noted in `manifest.json`, all of it flushed to the disk, and then
-renamed into place: a process killed at any moment leaves the earlier checkpoint as it was. Safetensors and JSON only.
-The folder is also a model repository: `LDAEForPreTraining.from_pretrained` and `AutoModel.from_pretrained` load it.
+A checkpoint is written aside, the sha256 of every file noted in `manifest.json`, all of it flushed to the disk, and
+then renamed into place: a process killed at any moment leaves the earlier checkpoint as it was. Safetensors and JSON
+only. The folder is also a model repository, which `LDAEForPreTraining.from_pretrained` and `AutoModel` load.
 """
 
 import hashlib

@@ -40,7 +40,7 @@ def fit_processor(
     if already_there:
         processor = LDAEImageProcessor.from_pretrained(folder)
         if chosen is not None and chosen.fingerprint != processor.fingerprint:
-            raise ValueError(f"The run began with the processor in {folder}, not with the one in {given}; leave it out.")
+            raise ValueError(f"The run began with the processor in {folder}, not the one in {given}; leave that out.")
         return processor
     processor = chosen or fit(config, source, recipe, accelerator, loading)
     if accelerator.is_main_process:

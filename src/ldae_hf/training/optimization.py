@@ -80,7 +80,7 @@ class Plan:
         )
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up from 0, then a half cosine to 0 (MAE); `step` counts from 0 and is the one about to be taken."""
+        """Linear warm-up from 0, then half a cosine to 0 (MAE); `step` counts from 0 and is about to be taken."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -91,8 +91,8 @@ class Plan:
         ema = "off" if self.ema_decay is None else f"decay {self.ema_decay:.6f} per step"
         return [
             f"images {self.num_images:,} · {self.steps_per_epoch:,} steps an epoch · {self.total_steps:,} steps in all",
-            f"global batch {self.global_batch_size} = {self.num_processes} processes x {self.accumulation} accumulated "
-            f"x {self.per_device_batch_size} images",
+            f"global batch {self.global_batch_size} = {self.per_device_batch_size} images x {self.accumulation} (accumulation) "
+            f"x {self.num_processes} (processes)",
             f"learning rate {self.learning_rate:.3g}, warm-up {self.warmup_steps:,} steps, then cosine · EMA {ema}",
         ]
 

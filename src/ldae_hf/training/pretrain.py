@@ -1,8 +1,8 @@
 """Pre-training, one function in stages: resolve, build, resume, step, report, save.
 
-Every random choice of the data (order, crop, timestep, noise) is a pure function of seed, epoch and sample, so the state
-of a run is its step, its weights and its optimizer, and for a stream its position; running the same command again goes
-on where the last checkpoint stands.
+Every random choice of the data (order, crop, timestep, noise) is a pure function of seed, epoch and sample, so the
+state of a run is its step, its weights and its optimizer, and for a stream its position; running the same command again
+goes on where the last checkpoint stands.
 """
 
 import json
@@ -93,7 +93,8 @@ def pretrain(
             number of processes, workers and images per forward pass.
         num_images: of an epoch, for a stream that does not say it.
         image_column, label_column: names of the columns, detected if not given.
-        processor: a folder with a fitted processor of the same image size, patch and latents; by default one is fitted to the training crops.
+        processor: a folder with a fitted processor of the same image size, patch and latents; by default one is fitted
+            to the training crops.
         seed: of initialisation, order, crops, timesteps and noise.
         per_device_batch_size: images of one forward pass; the rest of the global batch is accumulated.
         num_workers: processes that decode images.
@@ -176,8 +177,8 @@ def pretrain(
     # ---- resume: the newest checkpoint, if there is one
     folder = output_dir / "checkpoints"
     found = checkpoints(folder)
-    state = load_checkpoint(found[-1], model, optimizer, ema) if found else {"step": 0}
-    step = state["step"]
+    resumed = load_checkpoint(found[-1], model, optimizer, ema) if found else {"step": 0}
+    step = resumed["step"]
     loader = train_loader(
         source,
         num_timesteps=config.num_noise_levels,
@@ -188,7 +189,7 @@ def pretrain(
         world_size=accelerator.num_processes,
         start_step=step,
         num_steps=plan.total_steps,
-        state=stream_position(state, accelerator),
+        state=stream_position(resumed, accelerator),
         **loading,
     )
     log = MetricsLog(output_dir, accelerator, resume_at=step, settings=facts(run))
@@ -211,13 +212,12 @@ def pretrain(
         model.train()
 
     def save() -> None:
-        facts_of_state = {"step": step, "seed": seed, "recipe": recipe.title, "images_seen": step * plan.global_batch_size}
+        images_seen = step * plan.global_batch_size
+        state = {"step": step, "seed": seed, "recipe": recipe.title, "images_seen": images_seen}
         if source.streaming:
-            facts_of_state["stream"] = gather_object([loader.state_dict()])  # one of each process
+            state["stream"] = gather_object([loader.state_dict()])  # one of each process
         if accelerator.is_main_process:
-            save_checkpoint(
-                folder, step, model, optimizer, ema, facts_of_state, add_processor_and_recipe, keep_checkpoints
-            )
+            save_checkpoint(folder, step, model, optimizer, ema, state, add_processor_and_recipe, keep_checkpoints)
 
     last_step = plan.total_steps if max_steps is None else min(max_steps, plan.total_steps)
     checkpoint_every = checkpoint_every or plan.steps_per_epoch
@@ -228,7 +228,7 @@ def pretrain(
         initial=step * plan.global_batch_size,
         unit=" images",
         unit_scale=True,
-        desc=recipe.title,
+        desc=recipe.name,
         mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file would get ten lines a second
         disable=not accelerator.is_main_process,
     )
@@ -272,9 +272,8 @@ def pretrain(
                 line = log.summary(step, epoch=step / plan.steps_per_epoch, learning_rate=learning_rate)
                 check_finite(line, folder)
                 log.write(line)
-                bar.set_postfix(
-                    loss=f"{line['loss']:.4f}", wait=f"{line['data_wait']:.0%}", lr=f"{learning_rate:.1e}", refresh=False
-                )
+                shown = dict(loss=f"{line['loss']:.4f}", wait=f"{line['data_wait']:.0%}", lr=f"{learning_rate:.1e}")
+                bar.set_postfix(shown, refresh=False)
 
             # ---- save: after the evaluation, so that none is missing if the run dies between the two
             if evaluations and (step % evaluate_every == 0 or step == plan.total_steps):
