@@ -514,6 +514,16 @@ def test_random_patches_see_neither_brightness_nor_more_than_a_factor_of_contras
     torch.testing.assert_close(floor(pixels * 2, None), 2 * features, rtol=1e-4, atol=1e-3)
 
 
+def test_responses_of_random_patches_to_other_patches_are_white(train_source):
+    floor = RandomPatches(train_source, SIZE, 24)
+    floor.whitening_epsilon = 1e-8
+    patches = floor._draw_patches(torch.Generator().manual_seed(1))
+    centred = patches - patches.mean(dim=1, keepdim=True)
+    normalised = centred / (centred.var(dim=1, keepdim=True) + floor.contrast_epsilon).sqrt()
+    variances = (normalised @ floor.filters.flatten(1).T.double()).var(dim=0)
+    torch.testing.assert_close(variances, torch.ones_like(variances), rtol=0.1, atol=0)
+
+
 def test_random_patches_of_large_images_take_a_stride(train_source):
     pixels = torch.randint(0, 255, (2, 3, 256, 256), dtype=torch.uint8)
     floor = RandomPatches(train_source, 256, 8)

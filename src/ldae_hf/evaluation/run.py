@@ -137,13 +137,11 @@ def evaluate_encoder(
         if recipe is None:
             raise ValueError("No data set is given, and no recipe.json beside the encoder names one; name a data set.")
         dataset, defaults = recipe.data["dataset"], recipe.data
+    train_split, test_split = train_split or defaults["train_split"], test_split or defaults["test_split"]
     columns = dict(image_column=image_column, label_column=label_column)
     train_source, test_source = (
         source if isinstance(source, ImageSource) else load_images(source, split, **columns)
-        for source, split in (
-            (dataset, train_split or defaults["train_split"]),
-            (test_dataset or dataset, test_split or defaults["test_split"]),
-        )
+        for source, split in ((dataset, train_split), (test_dataset or dataset, test_split))
     )
     for source in (train_source, test_source):
         if source.label_column is None:
@@ -161,10 +159,11 @@ def evaluate_encoder(
         {"dim": fitted.features.shape[1]} | evaluate(fitted, tested, model.device)
         for fitted, tested in zip(train, test, strict=True)
     ]
-    protocol = entries[0].pop("protocol")
-    for entry in entries[1:]:
-        entry.pop("protocol")  # the same
-    result = {
+    protocol, *_ = [entry.pop("protocol") for entry in entries]  # all the same
+    row = {
+        "recipe": recipe and recipe.name,
+        "tier": recipe and recipe.tier,
+        **(training or {}),
         "task": task,
         "name": str(encoder) if isinstance(encoder, str | Path) else encoder_map.name,
         **entries[0],
@@ -179,8 +178,6 @@ def evaluate_encoder(
             task: protocol,
         },
     }
-    about = {"recipe": recipe and recipe.name, "tier": recipe and recipe.tier, **(training or {})}
-    row = about | result
     row = append_to_ledger(row, ledger) if ledger else circumstances() | row
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)

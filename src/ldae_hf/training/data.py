@@ -104,6 +104,7 @@ def train_loader(
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # else each start draws a seed from the generator that a run saves and resumes
         )
     accumulation = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
     loader = StreamingLoader(

@@ -19,7 +19,7 @@ class MetricsLog:
 
     Args:
         folder: the run's folder. resume_at: lines of later steps, written by a run that then died, are dropped.
-        settings: of the run, plain values by name, for the trackers.
+        settings: of the run by name, for the trackers.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, resume_at: int, settings: dict):
@@ -34,7 +34,8 @@ class MetricsLog:
                 if file.exists():
                     write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
         if accelerator.log_with:
-            accelerator.init_trackers("ldae", config=settings)
+            plain = {key: value if isinstance(value, (int, float)) else str(value) for key, value in settings.items()}
+            accelerator.init_trackers("ldae", config=plain)
         self._reset()
 
     def _reset(self) -> None:

@@ -91,8 +91,8 @@ class Plan:
         ema = "off" if self.ema_decay is None else f"decay {self.ema_decay:.6f} per step"
         return [
             f"images {self.num_images:,} · {self.steps_per_epoch:,} steps an epoch · {self.total_steps:,} steps in all",
-            f"global batch {self.global_batch_size} = {self.per_device_batch_size} images x {self.accumulation} (accumulation) "
-            f"x {self.num_processes} (processes)",
+            f"global batch {self.global_batch_size} = {self.per_device_batch_size} images x {self.accumulation} "
+            f"(accumulation) x {self.num_processes} (processes)",
             f"learning rate {self.learning_rate:.3g}, warm-up {self.warmup_steps:,} steps, then cosine · EMA {ema}",
         ]
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import fsspec.asyn
+import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -203,7 +204,13 @@ class StreamingLoader:
     def __iter__(self) -> Iterator[dict]:
         """Goes on behind the last batch that was given out."""
         stream = _ShuffledStream(self.source, self.make, self.layout, list(self.lanes), self.batches_done)
-        loader = DataLoader(stream, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else each start draws a seed from the generator that a run saves and resumes
+        )
         for lane, state, batch in islice(loader, len(self)):
             self.lanes[lane] = state
             self.batches_done += 1
