@@ -637,6 +637,10 @@ def test_knn_of_a_model_runs_the_same_line(model, processor, train_source, test_
     row = run_knn(model, train_source, test_dataset=test_source, processor=processor, k=5, floors=["pixels"], **options)
     assert row["task"] == "knn" and row["recipe"] is None
     assert row["protocol"]["knn"]["k"] == 5 and "best_top1" not in row
+    noisy = run_knn(
+        model, train_source, test_dataset=test_source, processor=processor, noise="frozen", seed=3, floors=(), **options
+    )
+    assert noisy["protocol"]["features"]["noise"] == "frozen by sample id, seed 3" and noisy["floors"] == {}
     assert [line.split("  ")[0] for line in result_table(row).splitlines()][1:] == ["encoder", "raw pixels"]
 
 
