@@ -66,7 +66,7 @@ def quickstart(output_dir: Path = Path("runs/quickstart"), seed: int = 0):
 
     run = output_dir / f"seed-{seed}"
     encoder = pretrain("l_dae", tier="quickstart", dataset=str(images), output_dir=run, seed=seed)
-    options = dict(cache_dir=run / "features", training={"seed": seed}, seed=seed)
+    options = dict(cache_dir=run / "features", seed=seed)
     probe = run_linear_probe(encoder, str(images), output=run / "probe.json", **options)
     neighbours = run_knn(encoder, str(images), output=run / "knn.json", **options)
 

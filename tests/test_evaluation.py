@@ -587,18 +587,19 @@ def test_a_probe_of_a_folder_states_floors_protocol_and_recipe_and_enters_the_le
     model.save_pretrained(tmp_path / "encoder")
     processor.save_pretrained(tmp_path / "encoder")
     load_recipe("l_dae", "cpu").save(tmp_path / "encoder")
+    (tmp_path / "encoder" / "training.json").write_text('{"seed": 7, "steps": 10}')
     written = dict(output=tmp_path / "out" / "probe.json", ledger=tmp_path / "ledger.jsonl")
     row = run_linear_probe(
         tmp_path / "encoder",
         train_source,
         test_dataset=test_source,
         epochs=20,
-        training={"seed": 7, "budget": {"steps": 10}},
         **written,
         **options,
     )
     assert read_ledger(written["ledger"]) == [row] == [json.loads(written["output"].read_text())]
-    assert (row["task"], row["recipe"], row["tier"], row["seed"]) == ("linear_probe", "l_dae", "cpu", 7)
+    assert (row["task"], row["recipe"], row["tier"]) == ("linear_probe", "l_dae", "cpu")
+    assert row["training"] == {"seed": 7, "steps": 10}
     assert list(row["floors"]) == ["raw pixels", "PCA latents", "untrained encoder", "random whitened patches"]
     assert [entry["dim"] for entry in (row, *row["floors"].values())] == [16, 768, 128, 16, 16]
     # Neither pixels nor latents can tell the direction of stripes of any phase linearly; filters can.

@@ -331,7 +331,7 @@ def in_double(images, tmp_path_factory) -> Path:
     [dict(per_device_batch_size=4), dict(processes=2, per_device_batch_size=2, num_workers=1)],
     ids=["accumulation", "two processes"],
 )
-def test_other_layouts_train_the_same_weights_in_float64(images, in_double, tmp_path, layout):
+def test_other_layouts_train_the_same_weights_in_float64_without_a_warning(images, in_double, tmp_path, layout, capfd):
     train(tmp_path, images, prepare=use_float64, **layout)
     assert losses(in_double) == pytest.approx(losses(tmp_path), rel=1e-10)
     other = final_tensors(tmp_path)
@@ -339,6 +339,7 @@ def test_other_layouts_train_the_same_weights_in_float64(images, in_double, tmp_
         if value.dtype == torch.float64:  # all but the EMA, which is fp32
             torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-10)
     assert other["step-00000010/model.safetensors/decoder.head.weight"].dtype == torch.float64
+    assert "Warning" not in capfd.readouterr().err
 
 
 def test_two_processes_list_a_bad_image_once(tmp_path):
@@ -361,9 +362,10 @@ def test_the_example_on_two_processes_has_the_losses_of_one(parquet, unbroken, t
     assert losses(tmp_path) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_loss(images, unbroken, tmp_path):
+def test_gradient_checkpointing_changes_no_loss_and_warns_of_nothing(images, unbroken, tmp_path, capfd):
     train(tmp_path, images, max_steps=4, gradient_checkpointing=True)
     assert losses(tmp_path) == pytest.approx({step: losses(unbroken)[step] for step in (1, 2, 3, 4)}, rel=1e-6)
+    assert "Warning" not in capfd.readouterr().err
 
 
 def test_bf16_is_near_and_keeps_weights_and_checkpoints_in_fp32(images, unbroken, tmp_path):
@@ -478,6 +480,13 @@ def test_another_run_in_the_same_folder_is_refused(images, begun, changes, optio
     with pytest.raises(ValueError, match=message):
         train(begun, changes=changes, **{"dataset": images} | options)
     assert [path.name for path in checkpoints(begun / "checkpoints")] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"seed": 0, "recipe": 1}'])
+def test_a_folder_whose_run_cannot_be_read_is_refused(images, begun, content):
+    (begun / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="run.json cannot be read as a run; choose another --output-dir"):
+        train(begun, images)
 
 
 def test_what_an_older_version_did_not_write_is_no_reason_to_refuse(images, begun, unbroken):

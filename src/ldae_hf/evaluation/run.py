@@ -112,7 +112,6 @@ def evaluate_encoder(
     num_workers: int = 2,
     device: str | torch.device | None = None,
     cache_dir: str | Path | None = FEATURE_CACHE,
-    training: dict | None = None,
     output: str | Path | None = None,
     ledger: str | Path | None = None,
     progress: bool = True,
@@ -127,11 +126,11 @@ def evaluate_encoder(
         image_column, label_column: as for [`load_images`]; detected by default.
         processor, timestep, noise, dtype, batch_size, num_workers, device, cache_dir: as for [`extract_features`].
         floors: names out of `FLOORS`; none with ().
-        training: what is known of the encoder's training (`seed`, `budget`, …), for the ledger.
         output: a JSON file for the result. ledger: a JSON-lines file that it is appended to.
     """
     model, processor = load_encoder(encoder, processor, device)
-    recipe = _recipe(encoder)
+    recipe_file, training_file = (_beside_weights(encoder, name) for name in ("recipe.json", "training.json"))
+    recipe = recipe_file and Recipe.load(recipe_file.parent)
     defaults = {"train_split": "train", "test_split": "test"}
     if dataset is None:
         if recipe is None:
@@ -163,7 +162,7 @@ def evaluate_encoder(
     row = {
         "recipe": recipe and recipe.name,
         "tier": recipe and recipe.tier,
-        **(training or {}),
+        "training": training_file and json.loads(training_file.read_text()),
         "task": task,
         "name": str(encoder) if isinstance(encoder, str | Path) else encoder_map.name,
         **entries[0],
@@ -195,9 +194,9 @@ def _describe(source: ImageSource, features: Features) -> dict:
     }
 
 
-def _recipe(encoder: str | Path | LDAEPreTrainedModel) -> Recipe | None:
-    """The recipe that travels with the encoder's weights, if it does."""
+def _beside_weights(encoder: str | Path | LDAEPreTrainedModel, name: str) -> Path | None:
+    """A file that travels with the encoder's weights, if it does."""
     if isinstance(encoder, LDAEPreTrainedModel):
         return None
-    file = cached_file(encoder, "recipe.json", _raise_exceptions_for_missing_entries=False)
-    return Recipe.load(Path(file).parent) if file else None
+    file = cached_file(encoder, name, _raise_exceptions_for_missing_entries=False)
+    return Path(file) if file else None

@@ -16,12 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    gather_object,
-)
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 from tqdm import tqdm
 from transformers import AutoModelForPreTraining
 
@@ -137,6 +132,7 @@ def pretrain(
     encoder = output_dir / "encoder"
     if (encoder / MANIFEST).is_file():
         accelerator.print(f"this run is finished; encoder: {encoder}")
+        accelerator.end_training()
         return encoder
     source = load_images(
         data["dataset"] if dataset is None else dataset,
@@ -170,7 +166,7 @@ def pretrain(
     model.to(accelerator.device, torch.get_default_dtype()).train()
     model.set_processor(processor)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = adamw(model, recipe)
     ema = None if plan.ema_decay is None else ExponentialMovingAverage(model, plan.ema_decay)
 
@@ -192,17 +188,19 @@ def pretrain(
         state=stream_position(resumed, accelerator),
         **loading,
     )
-    log = MetricsLog(output_dir, accelerator, resume_at=step, settings=facts(run))
+    log = MetricsLog(output_dir, accelerator, resume_at=step, settings=identity(run))
     accelerator.print("\n".join([f"{recipe.title}: {recipe.why}", *plan.lines()]))
     if step:
         accelerator.print(f"resuming at step {step:,} from {found[-1]}")
     if compile:
-        model.compile()  # the model and not what accelerate wraps around it: gradients of parts need not be exchanged
+        model.compile()  # not what accelerate wraps around it: DDP's compiler knows no activation checkpointing
     wrapped = accelerator.prepare(model)
 
-    def add_processor_and_recipe(path: Path) -> None:
+    def add_what_belongs_to_it(path: Path) -> None:
         processor.save_pretrained(path)
         recipe.save(path)
+        training = {"seed": seed, "steps": step, "images_seen": step * plan.global_batch_size}
+        write_text(path / "training.json", json.dumps(training, indent=2))
 
     def evaluate() -> None:
         model.eval()
@@ -217,7 +215,7 @@ def pretrain(
         if source.streaming:
             state["stream"] = gather_object([loader.state_dict()])  # one of each process
         if accelerator.is_main_process:
-            save_checkpoint(folder, step, model, optimizer, ema, state, add_processor_and_recipe, keep_checkpoints)
+            save_checkpoint(folder, step, model, optimizer, ema, state, add_what_belongs_to_it, keep_checkpoints)
 
     last_step = plan.total_steps if max_steps is None else min(max_steps, plan.total_steps)
     checkpoint_every = checkpoint_every or plan.steps_per_epoch
@@ -288,7 +286,7 @@ def pretrain(
         accelerator.print(f"stopped at step {step:,} of {plan.total_steps:,}; run the same command again to go on")
     elif accelerator.is_main_process:
         with ema.in_place_of_parameters(model) if ema is not None else nullcontext():
-            save_encoder(encoder, model, add_processor_and_recipe)
+            save_encoder(encoder, model, add_what_belongs_to_it)
         if rate := log.images_per_second():
             flops = rate * training_flops_per_image(config)
             accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
@@ -319,18 +317,16 @@ def make_accelerator(output_dir: Path, mixed_precision: str, report_to) -> Accel
         project_dir=output_dir,
         # Accumulation is ours: the one that `accelerate config` may have set would divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # basis and tables never change
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while the main process evaluates
-        ],
+        # The other processes wait while the main one evaluates and saves.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     if missing := {*report_to} - {"all", *map(str, accelerator.log_with)}:
         raise RunError(f"The tracker {', '.join(sorted(missing))} is not installed.")
     return accelerator
 
 
-def facts(run: dict) -> dict:
-    """What a run is, as plain values by their dotted names: what must be equal for a run to be the same."""
+def identity(run: dict) -> dict:
+    """What must be equal for a run to be the same, by dotted names."""
     sections = {section: run["recipe"][section] for section in ("model", "tokenizer", "data", "train")}
     values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     return values | {key: value for key, value in run.items() if key != "recipe"}
@@ -342,10 +338,10 @@ def check_same_run(output_dir: Path, run: dict) -> None:
     if not file.exists():
         return
     try:
-        before = facts(json.loads(file.read_text()))
+        before = identity(json.loads(file.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file} cannot be read as a run; choose another --output-dir.") from error
-    for key, value in facts(run).items():
+    for key, value in identity(run).items():
         if key in before and before[key] != value:
             raise RunError(
                 f"{output_dir} holds a run with {key}={before[key]!r}, not {value!r}; "
