@@ -172,7 +172,7 @@ def main():
             result["dtype"],
             result["model"],
             f"{result['images_per_second']:.2f}",
-            f"{result['gflop_per_image']:.0f}",
+            f"{result['gflop_per_image']:.1f}",
             measure.spread(result["ours_over_this"]),
             measure.spread(result["ours_over_this_per_flop"]),
             measure.spread(result["step_over_products"]),

@@ -66,13 +66,25 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message):
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
     def broken():
-        raise ValueError("a bug")
+        raise IndexError("a bug")
 
     monkeypatch.setattr("ldae_hf.cli.tree_text", broken)
-    assert isinstance(ldae("recipes", "tree").exception, ValueError)
+    assert isinstance(ldae("recipes", "tree").exception, IndexError)
 
 
-@pytest.mark.parametrize("command", [[], ["recipes"], ["recipes", "tree"], ["recipes", "show"], ["recipes", "diff"]])
+COMMANDS = [
+    [],
+    ["recipes"],
+    ["recipes", "tree"],
+    ["recipes", "show"],
+    ["recipes", "diff"],
+    ["pretrain"],
+    ["probe"],
+    ["knn"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     result = ldae(*command, "--help")
     assert result.exit_code == 0

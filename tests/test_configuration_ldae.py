@@ -160,7 +160,10 @@ CONTRADICTIONS = [
     ({"latent_dim": 769}, "latent_dim=769 exceeds the 768 values of a 16x16x3 patch."),
     ({"patch_size": 2}, "latent_dim=32 exceeds the 12 values of a 2x2x3 patch."),
     ({"feature_timestep": 1000}, "feature_timestep=1000 must lie in 0 ... 999 for noise_schedule='linear_sigma'."),
-    ({"num_train_timesteps": 10, "feature_timestep": 12}, "feature_timestep=12 must lie in 0 ... 9 for noise_schedule='linear_sigma'."),
+    (
+        {"num_train_timesteps": 10, "feature_timestep": 12},
+        "feature_timestep=12 must lie in 0 ... 9 for noise_schedule='linear_sigma'.",
+    ),
     (
         {"noise_schedule": "single_level", "feature_timestep": 10},
         "feature_timestep=10 must lie in 0 ... 0 for noise_schedule='single_level'.",

@@ -110,7 +110,11 @@ def train(output_dir, dataset, changes: dict | None = None, processes: int = 1, 
         port = str(probe.getsockname()[1])
     common = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=port)
     ranks = [Child(run, common | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(processes)]
-    return [rank.join() for rank in ranks][0]
+    try:
+        return [rank.join() for rank in ranks][0]
+    finally:
+        for rank in ranks:  # one that waits for another that failed
+            rank.process.kill()
 
 
 def use_float64():

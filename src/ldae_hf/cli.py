@@ -124,6 +124,10 @@ def pretrain(
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default one epoch.")] = None,
     keep_checkpoints: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
     log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 20,
+    probe_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between online probes, on up to 10,000 images of each split; default none."),
+    ] = None,
     report_to: Annotated[list[str] | None, typer.Option(help="A tracker beside the log, e.g. tensorboard.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after this step, with a checkpoint.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
@@ -133,18 +137,33 @@ def pretrain(
     \b
     ldae pretrain l_dae --tier cifar10 --output-dir runs/cifar10
     ldae pretrain random_crop --dataset path/to/images --output-dir runs/mine
-    accelerate launch examples/pretrain.py size_l --output-dir runs/large        (several GPUs)
+    accelerate launch examples/pretrain.py size_l --output-dir runs/large    (several GPUs)
     """
     options = dict(locals())  # each option is the argument of the same name
     from ldae_hf.training import pretrain
 
-    pretrain(**options | {"overrides": overrides or (), "report_to": report_to or ()})
+    options |= {"overrides": overrides or (), "report_to": report_to or ()}
+    if options.pop("probe_every"):
+        from ldae_hf.evaluation.online import online_evaluation
+        from ldae_hf.training import load_images
+
+        data = load_recipe(recipe, tier, overrides or ()).data
+        columns = dict(image_column=image_column, label_column=label_column)
+        images = [
+            load_images(dataset or data["dataset"], f"{data[split]}[:10000]", **columns)
+            for split in ("train_split", "test_split")
+        ]
+        options |= {"evaluations": [online_evaluation(*images, num_workers=num_workers)], "evaluate_every": probe_every}
+    pretrain(**options)
 
 
 Encoder = Annotated[str, typer.Argument(help="An encoder's folder, or its name on the Hub.")]
-Dataset = Annotated[str, typer.Option(help="A Hub name, or a folder: as given, else inside $LDAE_DATA.")]
-TrainSplit = Annotated[str, typer.Option(help="Split to learn from; slices such as train[:5000] work.")]
-TestSplit = Annotated[str, typer.Option(help="Split to test on.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="A Hub name, or a folder: as given, else inside $LDAE_DATA; default the encoder's recipe's."),
+]
+TrainSplit = Annotated[str | None, typer.Option(help="Split to learn from; slices such as train[:5000] work.")]
+TestSplit = Annotated[str | None, typer.Option(help="Split to test on.")]
 Timestep = Annotated[int | None, typer.Option(help="Timestep of the features; default the model's.")]
 Noise = Annotated[str, typer.Option(help="clean, or frozen: noisy input, one noise per image.")]
 Dtype = Annotated[str, typer.Option(help="Precision of the encoder: float32 or bfloat16.")]
@@ -156,9 +175,9 @@ Ledger = Annotated[Path | None, typer.Option(help="Append the result to this JSO
 @app.command()
 def probe(
     encoder: Encoder,
-    dataset: Dataset,
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "test",
+    dataset: Dataset = None,
+    train_split: TrainSplit = None,
+    test_split: TestSplit = None,
     learning_rates: Annotated[list[float] | None, typer.Option("--learning-rate", help="May be repeated.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the cached features.")] = 90,
     timestep: Timestep = None,
@@ -188,9 +207,9 @@ def probe(
 @app.command()
 def knn(
     encoder: Encoder,
-    dataset: Dataset,
-    train_split: TrainSplit = "train",
-    test_split: TestSplit = "test",
+    dataset: Dataset = None,
+    train_split: TrainSplit = None,
+    test_split: TestSplit = None,
     k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 20,
     temperature: Annotated[float, typer.Option(help="Of their weights, exp(cosine / temperature).")] = 0.07,
     timestep: Timestep = None,

@@ -65,10 +65,10 @@ def denoising_figure(
     grid = lower.subplots(-(-num_filters // 8), 8, squeeze=False).flatten()
     for axis in grid:
         axis.axis("off")
-    for axis, weights in zip(grid, filters):
+    for axis, weights in zip(grid, filters, strict=False):  # the last axes may stay empty
         _show(axis, 0.5 + weights / (2 * weights.abs().max()))
-    lower.suptitle(f"first {len(filters)} of {processor.latent_dim} PCA directions of {processor.patch_size}x"
-                   f"{processor.patch_size} patches", fontsize=8)  # fmt: skip
+    patch = f"{processor.patch_size}x{processor.patch_size}"
+    lower.suptitle(f"first {len(filters)} of {processor.latent_dim} PCA directions of {patch} patches", fontsize=8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none"}):

@@ -193,7 +193,7 @@ def pretrain(
     if step:
         accelerator.print(f"resuming at step {step:,} from {found[-1]}")
     if compile:
-        model.compile()  # not what accelerate wraps around it: DDP's compiler knows no activation checkpointing
+        model.compile()  # inside DDP: accumulation and activation checkpointing then compile as they do without it
     wrapped = accelerator.prepare(model)
 
     def add_what_belongs_to_it(path: Path) -> None:
