@@ -27,3 +27,8 @@ def ldae_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"LDAE_DATA={folder} is not a folder")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """The tests that fork go first: a fork of a process in which other tests have left threads behind can hang."""
+    items.sort(key=lambda item: item.path.name != "test_pretrain.py")

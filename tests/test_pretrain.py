@@ -47,6 +47,7 @@ OVERRIDES = {
     "train.max_grad_norm": 1,
     "train.ema_half_life_epochs": 1,
 }
+TIMEOUT = 240  # seconds; a run takes two
 FILE_OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 GOLDEN = Path(__file__).parent / "golden" / "pretrain_losses.txt"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain.py"
@@ -76,6 +77,9 @@ class Child:
         theirs.close()
 
     def join(self):
+        if not self.pipe.poll(TIMEOUT):
+            self.process.kill()
+            raise TimeoutError(f"a run has not ended after {TIMEOUT} seconds")
         try:
             result, error = self.pipe.recv()
         except EOFError:

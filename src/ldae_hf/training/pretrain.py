@@ -94,8 +94,8 @@ def pretrain(
         per_device_batch_size: images of one forward pass; the rest of the global batch is accumulated.
         num_workers: processes that decode images.
         mixed_precision: `"bf16"` or `"no"`. The PCA, the tables and the loss are fp32 in either.
-        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`; default SDPA on a GPU and eager on a CPU,
-            where SDPA's backward is slow at short sequences.
+        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`; default SDPA, and eager for bf16 on a CPU,
+            where SDPA's backward is slow.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         compile: `torch.compile` the model.
         checkpoint_every: steps between checkpoints, default one epoch. keep_checkpoints: how many stay.
@@ -161,7 +161,8 @@ def pretrain(
     processor = fit_processor(output_dir / "processor", processor, config, source, recipe, accelerator, loading)
     torch.manual_seed(seed)
     if attn_implementation is None:
-        attn_implementation = "eager" if accelerator.device.type == "cpu" else "sdpa"
+        slow_backward = accelerator.device.type == "cpu" and mixed_precision == "bf16"
+        attn_implementation = "eager" if slow_backward else "sdpa"
     model = AutoModelForPreTraining.from_config(config, attn_implementation=attn_implementation)
     model.to(accelerator.device, torch.get_default_dtype()).train()
     model.set_processor(processor)
