@@ -336,7 +336,10 @@ def in_double(images, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "layout",
-    [dict(per_device_batch_size=4), dict(processes=2, per_device_batch_size=2, num_workers=1)],
+    [
+        dict(per_device_batch_size=4),
+        pytest.param(dict(processes=2, per_device_batch_size=2, num_workers=1), marks=pytest.mark.slow),
+    ],
     ids=["accumulation", "two processes"],
 )
 def test_other_layouts_train_the_same_weights_in_float64_without_a_warning(images, in_double, tmp_path, layout, capfd):
@@ -350,6 +353,7 @@ def test_other_layouts_train_the_same_weights_in_float64_without_a_warning(image
     assert "Warning" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_list_a_bad_image_once(tmp_path):
     contents = [encoded(number) for number in range(NUM_IMAGES)]
     contents[3] = contents[11] = b""
@@ -568,6 +572,7 @@ def test_a_processor_that_does_not_fit_is_refused_and_not_kept(images, tmp_path,
 # ---- streams
 
 
+@pytest.mark.slow
 def test_two_processes_each_resume_where_they_stood_in_a_stream_bit_for_bit(parquet, tmp_path):
     stream = dict(streaming=True, num_images=NUM_IMAGES, num_workers=1, processes=2)
     train(tmp_path / "whole", parquet, **stream)
@@ -581,7 +586,7 @@ def test_two_processes_each_resume_where_they_stood_in_a_stream_bit_for_bit(parq
     [
         (dict(num_workers=2), "saved with num_workers=1, not 2"),
         (dict(per_device_batch_size=4), "saved with batch_size=8, not 4"),
-        (dict(processes=2), "saved by 1 processes, not 2"),
+        pytest.param(dict(processes=2), "saved by 1 processes, not 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_stream_is_resumed_on_its_layout_only(parquet, tmp_path, layout, message):

@@ -293,6 +293,10 @@ def pretrain(
             accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
         accelerator.print(f"encoder: {encoder}")
     accelerator.wait_for_everyone()
+    # DDP goes before its process group: if it held the last reference, the group would end its threads while the
+    # interpreter is locked, and now and then wait for one of them for ever.
+    output = loss = wrapped = None
+    accelerator.free_memory()
     accelerator.end_training()
     return encoder if step == plan.total_steps else None
 
