@@ -189,7 +189,7 @@ def test_what_the_table_of_combinations_lists_can_be_built_and_nothing_else(toke
             with torch.device("meta"):
                 assert LDAEForPreTraining(config).config.prediction_target == target
     else:
-        # PAPER section 8: an image target needs the image as input.
+        # An image target needs the image as input.
         assert (space, target) in {("latent", "reconstruction"), ("latent", "image")}
         with pytest.raises(ValueError) as error:
             LDAEConfig(**keys)

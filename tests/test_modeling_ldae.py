@@ -104,7 +104,7 @@ def equal_to(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-# -- the definitions of PAPER section 8, written out with the whole P x P basis -------------------------------------
+# -- the definitions, written out with the whole P x P basis -------------------------------------
 
 
 def unfolded(pixel_values: torch.Tensor, patch_size: int = 4) -> torch.Tensor:
@@ -648,7 +648,7 @@ def test_all_that_a_model_holds_is_saved():
 
 @torch.no_grad()
 def fold(encoder: LDAEModel):
-    """The encoder at its fixed timestep as a plain ViT of transformers: PAPER section 8, "Fold"."""
+    """The encoder at its fixed timestep as a plain ViT of transformers."""
     from transformers import IJepaConfig, IJepaModel
 
     config = encoder.config

@@ -1,4 +1,4 @@
-"""Features that need no training. A probe is worth its distance from them: on small images they are high (PAPER 7.8),
+"""Features that need no training. A probe is worth its distance from them: on small images they are high,
 and a report that leaves them out flatters itself. Each is a feature map.
 """
 
@@ -95,7 +95,7 @@ def untrained_encoder(model: LDAEModel, processor: LDAEImageProcessor, seed: int
 
 
 class RandomPatches:
-    """Random whitened patches as convolution filters -> ReLU -> mean over the image (Coates and Ng; PAPER 7.8).
+    """Random whitened patches as convolution filters -> ReLU -> mean over the image (Coates and Ng, 2011).
 
     Patches of 6x6 pixels are drawn at random from random training crops, contrast-normalised and ZCA-whitened. The
     first D of them, brought to unit length, are the filters: the response of an image patch is its product with one of

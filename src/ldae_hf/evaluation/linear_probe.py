@@ -1,7 +1,7 @@
 """A linear probe on cached features, several learning rates in one pass.
 
 Average-pooled features -> standardised by the statistics of the training set (BatchNorm without affine, in the limit of
-a batch that is the whole set) -> linear layer -> cross-entropy: the paper's protocol (PAPER section 5) but for fixed
+a batch that is the whole set) -> linear layer -> cross-entropy: the paper's protocol (section 5) but for fixed
 centre crops, smaller batches and plain SGD.
 """
 
