@@ -7,6 +7,8 @@ photographs), fits the PCA, pre-trains l-DAE, probes the encoder against its flo
 same functions train on ImageNet; only the recipe's tier and the data set differ.
 """
 
+import os
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -75,6 +77,7 @@ def quickstart(output_dir: Path = Path("runs/quickstart"), seed: int = 0):
     batch = next(iter(eval_loader(load_images(str(images), "test"), processor.image_size, batch_size=4)))
     picture = denoising_figure(model, processor, batch["pixel_values"], run / "denoising.png")
 
+    load = f'import ldae_hf; from transformers import AutoModel; print(AutoModel.from_pretrained("{encoder}"))'
     typer.echo(f"""
 linear probe on frozen features
 {result_table(probe)}
@@ -84,7 +87,7 @@ linear probe on frozen features
 
 picture   {picture}
 encoder   {encoder}
-load it   python -c 'import ldae_hf; from transformers import AutoModel; print(AutoModel.from_pretrained("{encoder}"))'
+load it   {os.path.relpath(sys.executable)} -c '{load}'
 """)
 
 
