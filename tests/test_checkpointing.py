@@ -40,7 +40,7 @@ def parts(seed: int):
         num_attention_heads=2,
     )
     model = LDAEForPreTraining(config)
-    optimizer, ema = adamw(model, RECIPE), ExponentialMovingAverage(model, 0.5)
+    optimizer, ema = adamw(model, RECIPE.train["betas"]), ExponentialMovingAverage(model, 0.5)
     for _ in range(2):
         model(torch.randn(2, 3, 8, 8)).loss.backward()
         for group in optimizer.param_groups:
@@ -199,7 +199,7 @@ def test_a_manifest_cannot_name_what_is_outside_the_folder_or_no_file(saved, ins
 def test_weights_of_another_model_are_refused_in_one_line(saved):
     model = LDAEForPreTraining(LDAEConfig(**parts(0)[0].config.to_diff_dict() | {"latent_dim": 6}))
     with pytest.raises(CheckpointError, match="step-00000007 does not fit this run") as caught:
-        load_checkpoint(saved, model, adamw(model, RECIPE), None)
+        load_checkpoint(saved, model, adamw(model, RECIPE.train["betas"]), None)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 

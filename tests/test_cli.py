@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -15,10 +17,30 @@ def test_tree_shows_every_recipe_with_the_papers_number_and_every_tier():
     lines = result.stdout.splitlines()
     for name in recipe_names():
         (line,) = [line for line in lines if line.lstrip(" │├└─").split(" ")[0] == name]
-        assert str(load_recipe(name).paper["linear_probe_top1"]) in line
+        assert str(load_recipe(name).paper.get("linear_probe_top1", "")) in line
     for tier in tier_names():
         assert any(line.startswith(f"  {tier} ") for line in lines)
     assert any("train.epochs: 400 → 800" in line for line in lines)
+
+
+def test_tree_shows_the_results_of_a_ledger_by_default_the_one_of_the_current_folder(tmp_path, monkeypatch):
+    features = {"encoder": "a", "timestep": 10, "noise": "clean"}
+    row = {"task": "linear_probe", "recipe": "l_dae", "tier": "cpu", "top1": 41.4, "protocol": {"features": features}}
+    monkeypatch.chdir(tmp_path)
+    assert "cpu 41.4" not in ldae("recipes", "tree").stdout
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    assert "cpu 41.4 (1)" in ldae("recipes", "tree", "--ledger", "mine.jsonl").stdout
+    usual = tmp_path / "benchmarks" / "results" / "ledger.jsonl"
+    usual.parent.mkdir(parents=True)
+    usual.write_text(json.dumps(row | {"top1": 43.0}) + "\n")
+    assert "cpu 43.0 (1)" in ldae("recipes", "tree").stdout
+    assert ldae("recipes", "tree", "--markdown").stdout.splitlines()[-1].endswith("| 64.5 | cpu 43.0 (1) |")
+
+
+def test_tree_names_a_ledger_that_is_not_there(tmp_path):
+    result = ldae("recipes", "tree", "--ledger", str(tmp_path / "absent.jsonl"))
+    assert result.exit_code == 2
+    assert "absent.jsonl" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_show_says_who_set_each_value():
@@ -29,7 +51,7 @@ def test_show_says_who_set_each_value():
     assert "crop: random_resized # random_crop" in lines
     assert "epochs: 2 # override" in lines
     assert "patch_size: 8 # tier cpu" in lines
-    assert "tokenizer: patch_pca" in lines
+    assert "tokenizer: patch_pca # patch_pca" in lines
 
 
 def test_diff_shows_only_what_differs():
@@ -65,7 +87,7 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message):
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
-    def broken():
+    def broken(ledger):
         raise IndexError("a bug")
 
     monkeypatch.setattr("ldae_hf.cli.tree_text", broken)

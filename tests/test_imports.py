@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "noise_schedules": {"configuration_ldae"},
     "patch_tokenizers": {"configuration_ldae"},
     "patch_covariance": {"configuration_ldae"},
+    "weights": set(),
     "modeling_ldae": LEAVES,
     "image_processing_ldae": LEAVES,
     "scheduling_ldae": {"configuration_ldae", "noise_schedules"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "recipes": {"configuration_ldae"},
     "training": MODELS | {"ldae_hf", "scheduling_ldae", "recipes"},
     "evaluation": MODELS | {"ldae_hf", "scheduling_ldae", "recipes", "training"},
-    "cli": MODELS | {"ldae_hf", "scheduling_ldae", "recipes", "training", "evaluation"},
+    "cli": MODELS | {"ldae_hf", "scheduling_ldae", "recipes", "training", "evaluation", "weights"},
 }
 
 # Dependency -> the rooms that may know it. torchvision and timm break other parts of the stack just by being there.

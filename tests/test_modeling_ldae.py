@@ -119,6 +119,8 @@ def literal_schedule(name: str, timesteps: torch.Tensor) -> tuple[torch.Tensor, 
         return torch.ones_like(t), math.sqrt(2) * t / 999
     if name == "single_level":
         return torch.ones_like(t), torch.full_like(t, math.sqrt(1 / 3))
+    if name == "snr_matched_sigma":
+        return torch.ones_like(t), ((t + 1) / (999 - t)).sqrt()
     if name == "linear_gamma_squared":
         squared = 1 - (t + 1) / 1000
     else:

@@ -106,7 +106,7 @@ def test_weight_decay_touches_matrices_only_and_the_betas_are_the_recipes():
         for parameter in model.parameters():
             parameter.fill_(1.0)
             parameter.grad = torch.zeros_like(parameter)
-    optimizer = adamw(model, recipe)
+    optimizer = adamw(model, recipe.train["betas"], recipe.train["weight_decay"])
     for group in optimizer.param_groups:
         assert group["betas"] == (0.8, 0.95)
         group["lr"] = 0.1
@@ -202,7 +202,7 @@ def test_every_recipe_in_every_tier_that_knows_it_trains_saves_and_loads(name, t
     torch.manual_seed(0)
     model = LDAEForPreTraining(config)
     model.set_processor(fitted_processor(config.patch_size, config.latent_dim, config.latent_scaling))
-    optimizer = adamw(model, recipe)
+    optimizer = adamw(model, recipe.train["betas"], recipe.train["weight_decay"])
     pixels = torch.rand(4, 3, config.image_size, config.image_size) * 2 - 1
     for _ in range(4):  # the gates begin at zero, so that the first gradients reach the head and the gates only
         optimizer.zero_grad()

@@ -1,18 +1,64 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ldae_hf.configuration_ldae import SIZES, LDAEConfig
-from ldae_hf.recipes import Recipe, RecipeError, files, load_recipe, recipe_names, tier_names
-from ldae_hf.recipes.display import show_text
+from ldae_hf.recipes import (
+    Recipe,
+    RecipeError,
+    files,
+    load_recipe,
+    recipe_names,
+    sweep_members,
+    sweep_names,
+    tier_names,
+)
+from ldae_hf.recipes.display import path_markdown, show_text, tree_text
 
 
-# arXiv 2401.14404: Table 3, the in-text tables on augmentation, epochs and model size, and Table 4.
-PAPER_PROBES = {
-    "l_dae": 64.5,
+# arXiv 2401.14404, Tables 1 to 3: the path, linear probe (Table 1: and FID) after each step.
+PATH = {
+    "dit_baseline": (57.5, 11.6),
+    "remove_class_labels": (62.5, 30.9),
+    "retrain_vqgan": (None, None),
+    "remove_perceptual_loss": (58.4, 54.3),
+    "remove_adversarial_loss": (59.0, 75.6),
+    "replace_noise_schedule": (63.4, 93.2),
+    "patch_vae": (64.9, None),
+    "patch_ae": (64.7, None),
+    "patch_pca": (63.4, None),
+    "patch_pca_k_32": (65.1, None),
+    "predict_clean_latent": (62.4, None),
+    "remove_input_scaling": (63.6, None),
+    "image_input": (63.6, None),
+    "image_output": (63.9, None),
+    "l_dae": (64.5, None),
+}
+# Table 2 and Figure 5 off the path; the in-text numbers on one noise level, augmentation, epochs and size; Table 4.
+OFF_THE_PATH = {
+    "conv_vae_k_8": 54.5,
+    "conv_vae_k_32": 62.8,
+    "conv_vae_k_64": 57.0,
+    "conv_vae_k_128": 48.1,
+    "patch_vae_k_8": 58.3,
+    "patch_vae_k_32": 64.8,
+    "patch_vae_k_64": 56.8,
+    "patch_ae_k_8": 59.9,
+    "patch_ae_k_32": 64.6,
+    "patch_ae_k_64": 59.9,
+    "patch_pca_k_8": 56.0,
+    "patch_pca_k_64": 60.0,
+    "patch_pca_k_128": 53.9,
+    "patch_pca_k_256": 44.7,
+    "pixels": 23.6,
+    "pixels_size_128": 53.0,
+    "pixels_size_64": 58.5,
+    "pixels_size_32": 43.7,
+    "single_level": 61.5,
     "random_crop": 65.0,
     "epochs_800": 67.5,
     "epochs_1600": 69.6,
@@ -20,6 +66,18 @@ PAPER_PROBES = {
     "size_l": 70.9,
     "size_b_epochs_1600": 66.6,
     "size_l_epochs_1600": 75.0,
+}
+SWEEPS = {
+    "conv_vae_k": ["8", "32", "64", "128"],
+    "patch_vae_k": ["8", "32", "64", "128"],
+    "patch_ae_k": ["8", "32", "64", "128"],
+    "patch_pca_k": ["8", "32", "64", "128", "256"],
+    "pixels_size": ["128", "64", "32"],
+    "l_dae_k": ["8", "16", "64", "128", "256", "768"],
+    "epochs": ["800", "1600"],
+    "size": ["b", "l"],
+    "latent_scaling": ["whiten", "none"],
+    "residual_weight": ["0", "0.01", "1"],
 }
 TIERED = [(name, tier) for name in recipe_names() for tier in (None, "desk", "cpu")]
 TIERED += [("l_dae", "cifar10"), ("l_dae", "quickstart")]
@@ -43,7 +101,7 @@ def own(tmp_path):
 
 @pytest.fixture
 def family(tmp_path, monkeypatch):
-    """A copy of the packaged family, into which a test may write; returns its folder."""
+    """A copy of the packaged family, into which a test may write before it reads; returns its folder."""
     folder = Path(shutil.copytree(files.FOLDER, tmp_path / "family"))
     monkeypatch.setattr(files, "FOLDER", folder)
     return folder
@@ -56,17 +114,35 @@ def child(change, parent="l_dae"):
 # ---- the packaged family
 
 
-def test_the_family_carries_the_papers_linear_probes():
-    assert {name: load_recipe(name).paper["linear_probe_top1"] for name in recipe_names()} == PAPER_PROBES
+def test_the_family_carries_the_papers_numbers():
+    found = {name: load_recipe(name).paper for name in recipe_names()}
+    numbers = {name: paper["linear_probe_top1"] for name, paper in found.items() if "linear_probe_top1" in paper}
+    assert numbers == {name: probe for name, (probe, _) in PATH.items() if probe} | OFF_THE_PATH
+    assert {name: paper["fid"] for name, paper in found.items() if "fid" in paper} == {
+        name: fid for name, (_, fid) in PATH.items() if fid
+    }
 
 
-def test_the_family_has_one_root_and_every_file_its_own_name():
-    assert [name for name in recipe_names() if load_recipe(name).parent is None] == ["l_dae"]
+def test_the_path_leads_from_dit_to_the_final_method():
+    assert load_recipe("l_dae").steps == list(PATH)
+
+
+def test_the_family_has_one_root_and_every_name_once():
+    assert [name for name in recipe_names() if load_recipe(name).parent is None] == ["dit_baseline"]
     stems = [file.stem for file in files.FOLDER.rglob("*.yaml")]
-    assert sorted(stems) == sorted({*recipe_names(), *tier_names()})
+    members = [member for sweep in sweep_names() for member in sweep_members(sweep)]
+    assert sorted([*stems, *members]) == sorted([*recipe_names(), *sweep_names(), *tier_names()])
+    assert len(set(stems + members)) == len(stems + members)
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "l_dae"])
+def test_a_recipe_without_a_number_of_the_paper_is_a_control_or_says_where_the_paper_speaks_of_it():
+    ours = {"retrain_vqgan", "flip", "noise_matched_768", "random_projection", "snr_matched"}
+    ours |= {"perceptual_labels", "perceptual_random_labels"}
+    ours |= {name for sweep in ("l_dae_k", "latent_scaling", "residual_weight") for name in sweep_members(sweep)}
+    assert {name for name in recipe_names() if not load_recipe(name).paper} == ours
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "dit_baseline"])
 def test_a_step_changes_exactly_what_its_file_says(name):
     recipe = load_recipe(name)
     before, after = values(load_recipe(recipe.parent)), values(recipe)
@@ -74,6 +150,8 @@ def test_a_step_changes_exactly_what_its_file_says(name):
     assert {key for key in after if after[key] != before[key]} == set(change)
     assert {key: after[key] for key in change} == change
     assert list(before) == list(after)
+    sections = {key.partition(".")[0] for key in change}
+    assert len(sections) == 1 or (sections == {"model", "tokenizer"} and "model.tokenizer" in change)
 
 
 @pytest.mark.parametrize(("name", "tier"), TIERED)
@@ -85,8 +163,47 @@ def test_a_recipe_makes_a_model_of_its_size_at_every_tier(name, tier):
     assert recipe.tier == tier
 
 
-def test_the_root_is_the_default_configuration():
+def test_the_final_method_is_the_default_configuration():
     assert load_recipe("l_dae").model_config() == LDAEConfig()
+
+
+@pytest.mark.parametrize(
+    ("tier", "size", "patch", "latent_dim", "epochs", "rate"),
+    [
+        (None, 256, 16, 32, 400, 1e-4),
+        ("desk", 128, 16, 32, 400, 5e-4),
+        ("cpu", 32, 8, 16, 4, 4e-3),
+        ("cifar10", 32, 4, 7, 8, 3e-3),
+        ("quickstart", 32, 8, 16, 24, 6e-3),
+    ],
+)
+def test_the_final_method_has_the_values_that_its_published_runs_had(tier, size, patch, latent_dim, epochs, rate):
+    recipe = load_recipe("l_dae", tier)
+    model, train = recipe.model, recipe.train
+    assert (model["image_size"], model["patch_size"], model["latent_dim"]) == (size, patch, latent_dim)
+    assert (train["epochs"], train["base_learning_rate"]) == (epochs, rate)
+
+
+@pytest.mark.parametrize(("tier", "places"), [(None, 256), ("desk", 64), ("cpu", 16)])
+def test_every_recipe_has_the_same_number_of_tokens(tier, places):
+    assert {load_recipe(name, tier).model_config().num_patches for name in recipe_names()} == {places}
+
+
+@pytest.mark.parametrize("tier", [None, "desk", "cpu"])
+def test_only_the_baseline_knows_classes_and_only_it_downloads_weights(tier):
+    recipes = [load_recipe(name, tier) for name in recipe_names()]
+    assert [recipe.name for recipe in recipes if recipe.model["num_classes"]] == ["dit_baseline"]
+    downloads = {recipe.name for recipe in recipes if recipe.tokenizer["pretrained"]}
+    assert downloads == (set() if tier else {"dit_baseline", "remove_class_labels"})
+    features = {recipe.tokenizer["perceptual_loss"] for recipe in recipes}
+    assert ("lpips" in features) == (tier is None)
+
+
+def test_the_noise_matched_control_scales_the_noise_by_the_measured_ratio_of_latent_variances():
+    ratios = {
+        tier: load_recipe("noise_matched_768", tier).model["sigma_max"] / 2**0.5 for tier in (None, "desk", "cpu")
+    }
+    assert ratios == pytest.approx({None: 4.80, "desk": 4.80, "cpu": 3.3635}, abs=1e-3)
 
 
 @pytest.mark.parametrize("tier", [None, *tier_names()])
@@ -106,15 +223,91 @@ def test_sizes_keep_their_order_when_they_are_shrunk():
 
 def test_origins_say_who_set_what_the_root_does_not():
     recipe = load_recipe("size_l_epochs_1600", overrides=["data.flip=true"])
-    assert recipe.steps == ["l_dae", "random_crop", "epochs_1600", "size_l_epochs_1600"]
-    assert recipe.origins == {
+    assert recipe.steps == [*PATH, "random_crop", "epochs_1600", "size_l_epochs_1600"]
+    root = values(load_recipe("dit_baseline"))
+    assert {key for key, value in values(recipe).items() if value != root[key]} == set(recipe.origins)
+    before = load_recipe("l_dae").origins
+    assert {key: origin for key, origin in recipe.origins.items() if before.get(key) != origin} == {
         "data.crop": "random_crop",
         "train.epochs": "epochs_1600",
         "model.size": "size_l_epochs_1600",
         "data.flip": "override",
     }
-    root = values(load_recipe("l_dae"))
-    assert {key for key, value in values(recipe).items() if value != root[key]} == set(recipe.origins)
+    assert before["model.noise_schedule"] == "remove_input_scaling"
+    assert before["model.tokenizer"] == "patch_pca"
+
+
+# ---- sweeps
+
+
+def test_a_sweep_is_a_file_of_recipes_named_after_it():
+    assert {sweep: sweep_members(sweep) for sweep in sweep_names()} == {
+        sweep: [f"{sweep}_{label}" for label in labels] for sweep, labels in SWEEPS.items()
+    }
+    assert {member for sweep in sweep_names() for member in sweep_members(sweep)} <= set(recipe_names())
+
+
+def test_a_member_has_its_sweeps_parent_and_reason_and_the_paper_keys_of_both():
+    member = load_recipe("epochs_1600")
+    assert (member.name, member.parent, member.train["epochs"]) == ("epochs_1600", "random_crop", 1600)
+    assert member.paper == {"text": "training epochs", "linear_probe_top1": 69.6}
+    assert member.why == files.read_sweep("epochs")["why"]
+
+
+def test_a_member_can_be_a_parent(own):
+    assert load_recipe("size_l_epochs_1600").parent == "epochs_1600"
+    assert load_recipe(own(child("{model.latent_scaling: none}", parent="l_dae_k_8"))).model["latent_dim"] == 8
+
+
+@pytest.mark.parametrize("asked", ["recipe", "parent"])
+def test_a_sweep_is_no_recipe_and_the_error_names_its_members(own, asked):
+    name = "size" if asked == "recipe" else own(child("{data.flip: true}", parent="size"))
+    with pytest.raises(RecipeError, match=f"{asked} 'size' is a sweep; choose one of its members, size_b, size_l\\."):
+        load_recipe(name)
+
+
+def test_an_unknown_sweep_suggests_the_likely_one():
+    with pytest.raises(RecipeError, match="sweep 'epoch' is unknown; did you mean 'epochs'?"):
+        sweep_members("epoch")
+
+
+def test_a_sweep_of_ones_own_is_refused(own):
+    text = "parent: l_dae\nwhy: A test.\nsweep: {3: {change: {train.epochs: 3}}}\n"
+    with pytest.raises(RecipeError, match="mine.yaml: a sweep's members could not be named; write one file"):
+        load_recipe(own(text))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("{A: {change: {data.flip: true}}}", "sweep.A must be a plain word or number"),
+        ("{a_b: {change: {data.flip: true}}}", "sweep.a_b must be a plain word or number"),
+        ("{yes: {change: {data.flip: true}}}", "sweep.True must be a plain word or number"),
+        ("{a: 3}", "sweep.a must be a mapping with change and paper, not 3"),
+        ("{a: {}}", "sweep.a: change missing"),
+        ("{a: {changes: {data.flip: true}}}", "sweep.a: key 'changes' is unknown; did you mean 'change'?"),
+        ("{a: {change: {data.flip: true}, parent: size_b}}", "sweep.a: key 'parent' is unknown"),
+        ("{a: {change: {data.flip: true}, paper: {tabel: 3}}}", "sweep.a: paper.tabel is unknown"),
+        ("{1: {change: {data.flip: true}}, '1': {change: {data.flip: true}}}", "'1' is written twice"),
+        ("{}", "sweep must be a mapping, not {}"),
+        ("{a: {change: {data.flip: true}}}\nchange: {data.flip: true}", "key 'change' is unknown"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_in_one_line_that_names_it(family, sweep, message):
+    (family / "curve.yaml").write_text(f"parent: l_dae\nwhy: A test.\nsweep: {sweep}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("l_dae")
+    assert "curve.yaml" in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["curve_a", "curve", "size_b"])
+def test_no_two_packaged_files_may_mean_one_name(family, name):
+    (family / "curve.yaml").write_text("parent: l_dae\nwhy: A test.\nsweep: {a: {change: {data.flip: true}}}\n")
+    (family / "later").mkdir()
+    (family / "later" / f"{name}.yaml").write_text(child("{data.flip: true}"))
+    with pytest.raises(RecipeError, match=f"the name '{name}' is taken by"):
+        load_recipe("l_dae")
 
 
 # ---- one's own files
@@ -124,6 +317,13 @@ def test_a_file_of_ones_own_continues_a_packaged_recipe(own):
     recipe = load_recipe(own(child("{model.latent_dim: 16}", parent="size_b")))
     assert (recipe.name, recipe.parent, recipe.model["latent_dim"]) == ("mine", "size_b", 16)
     assert recipe.model["size"] == "b"
+
+
+def test_a_step_to_another_tokenizer_may_say_how_it_is_trained(own):
+    change = "{model.tokenizer: conv_vae, tokenizer.kl_weight: 0, tokenizer.base_width: 64}"
+    recipe = load_recipe(own(child(change, parent="patch_ae")))
+    assert (recipe.model["tokenizer"], recipe.tokenizer["kl_weight"]) == ("conv_vae", 0.0)
+    recipe.model_config()
 
 
 def test_yaml_numbers_are_read_as_people_write_them(own):
@@ -154,6 +354,29 @@ def test_yaml_numbers_are_read_as_people_write_them(own):
         (child("{data.crop: center}"), "data.crop must be centre or random_resized; it is 'center'"),
         (child("{data.crop_scale: [1.0, 0.2]}"), "data.crop_scale must be two shares"),
         (child("{data.flip: {false: true}}"), "data.flip must be bool"),
+        (child("{model.latent_dim: 8, tokenizer.epochs: 3}"), "touches model and tokenizer; a step changes one"),
+        (child("{model.tokenizer: pixels, data.flip: true}"), "touches data and model; a step changes one section"),
+        (
+            child("{model.tokenizer: patch_ae, tokenizer.epochs: 3, data.flip: true}"),
+            "touches data and model and tokenizer; a step changes one section",
+        ),
+        (child("{model.num_classes: many}"), "model.num_classes must be int or null"),
+        (child("{tokenizer.pretrained: ''}"), "tokenizer.pretrained must be null (trained here), or a folder or"),
+        (child("{tokenizer.pretrained: 3}"), "tokenizer.pretrained must be str or null"),
+        (child("{tokenizer.stride: 1}"), "tokenizer.stride must be a power of two, 2 or more; it is 1"),
+        (child("{tokenizer.stride: 6}"), "tokenizer.stride must be a power of two, 2 or more; it is 6"),
+        (child("{tokenizer.base_width: 0}"), "tokenizer.base_width must be a power of two; it is 0"),
+        (child("{tokenizer.base_width: 100}"), "tokenizer.base_width must be a power of two; it is 100"),
+        (child("{tokenizer.residual_blocks: 0}"), "tokenizer.residual_blocks must be at least 1; it is 0"),
+        (child("{tokenizer.reconstruction_loss: l2}"), "tokenizer.reconstruction_loss must be l1 or squared"),
+        (child("{tokenizer.kl_weight: -1}"), "tokenizer.kl_weight must be 0 or more; it is -1.0"),
+        (child("{tokenizer.perceptual_loss: vgg}"), "tokenizer.perceptual_loss must be lpips, labels, random_labels"),
+        (child("{tokenizer.adversarial_weight: -0.5}"), "tokenizer.adversarial_weight must be 0 (no discriminator)"),
+        (child("{tokenizer.adversarial_start_epochs: -1}"), "tokenizer.adversarial_start_epochs must be 0 or more"),
+        (child("{tokenizer.epochs: 0}"), "tokenizer.epochs must be at least 1; it is 0"),
+        (child("{tokenizer.global_batch_size: 0}"), "tokenizer.global_batch_size must be at least 1; it is 0"),
+        (child("{tokenizer.learning_rate: 0}"), "tokenizer.learning_rate must be above 0; it is 0.0"),
+        (child("{tokenizer.betas: [0.5, 1.0]}"), "tokenizer.betas must be two numbers, each 0 or more and below 1"),
         (child("{train.epochs: 3}", parent="l_dea"), "parent 'l_dea' is unknown; did you mean 'l_dae'?"),
         (child("{train.epochs: 3}", parent="../mine.yaml"), "parent '../mine.yaml' is unknown"),
         (child("{}"), "change must be a mapping, not {}"),
@@ -181,9 +404,10 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_it(own, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_may_not_take_a_packaged_name(own):
-    with pytest.raises(RecipeError, match="give your file another name"):
-        load_recipe(own(child("{train.epochs: 300}"), name="size_b.yaml"))
+@pytest.mark.parametrize("name", ["l_dae", "size_b", "size"])
+def test_a_file_may_not_take_a_packaged_name(own, name):
+    with pytest.raises(RecipeError, match=f"a packaged recipe is called '{name}'; give your file another name"):
+        load_recipe(own(child("{train.epochs: 300}"), name=f"{name}.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +419,9 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, reason):
         load_recipe(name)
 
 
-@pytest.mark.parametrize("name", ["", "desk", "scaling/size_b", "../recipes/l_dae", "/etc/passwd", "l_dae\0"])
+@pytest.mark.parametrize(
+    "name", ["", "desk", "toward_dae/l_dae", "../recipes/toward_dae/l_dae", "/etc/passwd", "l_dae\0"]
+)
 def test_a_name_is_never_a_way_into_the_file_system(name):
     with pytest.raises(RecipeError, match="is unknown"):
         load_recipe(name)
@@ -252,6 +478,12 @@ def test_a_tier_of_ones_own_is_named_in_the_recipe(own):
     recipe = load_recipe("epochs_800", own(tier("{train.epochs: {800: 120}, model.patch_size: 8}")))
     assert (recipe.tier, recipe.train["epochs"], recipe.model["patch_size"]) == ("mine", 120, 8)
     assert recipe.title == "epochs_800 (tier mine)"
+
+
+@pytest.mark.parametrize("name", ["dit_baseline", "patch_pca"])
+def test_a_tier_that_is_made_for_the_final_method_refuses_the_rest(name):
+    with pytest.raises(RecipeError, match="cifar10.yaml: model.latent_dim has no translation for 16"):
+        load_recipe(name, "cifar10")
 
 
 def test_an_unknown_tier_suggests_the_likely_one():
@@ -314,6 +546,51 @@ def test_a_model_that_cannot_be_is_refused_in_one_line_when_it_is_configured(ove
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        (
+            "retrain_vqgan",
+            ["tokenizer.perceptual_loss=null", "tokenizer.adversarial_weight=0"],
+            "is 'conv_vae'; call it",
+        ),
+        (
+            "conv_vae_k_8",
+            ["tokenizer.perceptual_loss=labels"],
+            "'conv_vae' has no use for tokenizer.perceptual_loss, only",
+        ),
+        (
+            "conv_vae_k_8",
+            ["tokenizer.adversarial_weight=0.5"],
+            "no use for tokenizer.adversarial_weight, only 'vqgan' has",
+        ),
+        ("l_dae", ["tokenizer.pretrained=some/where"], "'patch_pca' has no use for tokenizer.pretrained, only"),
+        ("dit_baseline", ["model.tokenizer=patch_pca"], "use for tokenizer.pretrained, tokenizer.perceptual_loss, to"),
+        ("dit_baseline", ["tokenizer.stride=32"], "model.patch_size 16 is not a multiple of tokenizer.stride 32"),
+        ("dit_baseline", ["model.latent_dim=18"], "model.latent_dim 18 is not a multiple of the 4 latent places"),
+        ("remove_adversarial_loss", ["tokenizer.stride=2"], "model.latent_dim 16 is not a multiple of the 64 latent"),
+    ],
+)
+def test_a_tokenizer_section_for_another_tokenizer_is_refused_in_one_line(name, overrides, message):
+    recipe = load_recipe(name, overrides=overrides)
+    with pytest.raises(RecipeError) as caught:
+        recipe.model_config()
+    assert str(caught.value).startswith(name) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tokenizer.perceptual_loss=null", "tokenizer.adversarial_weight=0"],
+        ["tokenizer.pretrained=null", "tokenizer.perceptual_loss=null"],
+        ["tokenizer.pretrained=null", "tokenizer.adversarial_weight=0"],
+    ],
+)
+def test_a_vqgan_needs_one_of_pretrained_weights_perceptual_and_adversarial_loss(overrides):
+    assert load_recipe("dit_baseline", overrides=overrides).model_config().tokenizer == "vqgan"
+
+
 # ---- saved recipes
 
 
@@ -338,7 +615,128 @@ def test_a_broken_saved_recipe_is_named(tmp_path, content):
         Recipe.load(tmp_path)
 
 
+def test_a_recipe_saved_before_there_were_learned_tokenizers_still_makes_its_model(tmp_path):
+    recipe = load_recipe("l_dae", "cifar10")
+    new = {"num_classes", "class_dropout_prob", "sigma_max", "loss_weighting"}
+    model = {key: value for key, value in recipe.model.items() if key not in new}
+    replace(recipe, model=model, tokenizer={"fit_patches": 200000}).save(tmp_path)
+    old = Recipe.load(tmp_path)
+    assert set(old.tokenizer) == {"fit_patches"} and old.model_config() == recipe.model_config()
+
+
+def test_the_recipe_of_the_published_encoder_still_makes_its_model():
+    folder = Path(__file__).parents[1] / "model_cards" / "ldae-cifar10"
+    assert Recipe.load(folder).model_config() == load_recipe("l_dae", "cifar10").model_config()
+
+
+# ---- as text
+
+
 @pytest.mark.parametrize(("name", "tier"), TIERED)
 def test_a_shown_recipe_is_yaml_that_reads_back_as_its_values(name, tier):
     recipe = load_recipe(name, tier, ["train.max_grad_norm=1"])
     assert yaml.safe_load(show_text(recipe)) == {section: getattr(recipe, section) for section in files.SECTIONS}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """Writes results, one JSON line each, and returns the file."""
+
+    def write(*rows):
+        file = tmp_path / "ledger.jsonl"
+        file.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        return file
+
+    return write
+
+
+def result(top1, encoder, recipe="l_dae", tier="cpu", timestep=10, noise="clean", **more):
+    features = {"encoder": encoder, "timestep": timestep, "noise": noise}
+    row = {"task": "linear_probe", "recipe": recipe, "tier": tier, "top1": top1, "protocol": {"features": features}}
+    return row | more
+
+
+def cells(text, name):
+    """What stands beside a name in the tree, the name first."""
+    lines = [line.lstrip(" │├└─") for line in text.splitlines()]
+    (line,) = [line for line in lines if line.split(" ")[0] == name]
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_the_tree_has_one_line_for_every_recipe_and_sweep_and_is_not_wide():
+    text = tree_text()
+    for name in recipe_names():
+        assert str(load_recipe(name).paper.get("linear_probe_top1", "")) in " ".join(cells(text, name))
+    for name in sweep_names():
+        assert cells(text, name)[1].startswith(files.read_sweep(name)["why"][:20])
+    assert max(map(len, text.splitlines())) <= 140
+
+
+def test_the_tree_has_the_path_at_its_left_edge_and_a_sweep_above_its_members():
+    lines = tree_text().splitlines()
+    lines = lines[1 : lines.index("")]
+    assert [line.split(" ")[0] for line in lines if line[0] not in " │├└"] == list(PATH)
+    names = [line.lstrip(" │├└─").split(" ")[0] for line in lines]
+    for sweep in sweep_names():
+        members = [name for name in sweep_members(sweep) if name not in PATH]
+        places = [names.index(name) for name in (sweep, *members)]
+        assert places == sorted(places)
+
+
+def test_the_trees_changes_are_what_the_files_say():
+    assert cells(tree_text(), "remove_class_labels") == [
+        "remove_class_labels",
+        "62.5",
+        "30.9",
+        "model.num_classes: 1000 → null",
+    ]
+    assert cells(tree_text(), "size_b_epochs_1600")[1] == "66.6 *"
+
+
+def test_ours_is_the_mean_over_encoders_with_its_standard_deviation(ledger):
+    file = ledger(
+        result(41.0, "a"),
+        result(42.0, "b"),
+        result(43.0, "c"),
+        result(60.0, "d", tier="desk"),
+        result(1.0, "e", "flip"),
+    )
+    text = tree_text(file)
+    assert "cpu 42.0 ±1.0 (3)" in cells(text, "l_dae")
+    lines = text.splitlines()
+    below = 1 + next(number for number, line in enumerate(lines) if line.startswith("l_dae "))
+    assert lines[below].split() == ["│", "desk", "60.0", "(1)"]
+    assert "cpu 1.0 (1)" in cells(text, "flip")
+    assert str(file) in text
+
+
+def test_ours_leaves_out_what_was_not_measured_as_the_recipe_says(ledger):
+    others = [
+        result(1.0, "b", task="knn"),
+        result(1.0, "c", overrides=["train.epochs=2"]),
+        result(1.0, "d", timestep=20),
+        result(1.0, "e", noise="frozen"),
+        result(1.0, "f", recipe="mine"),
+        result(1.0, "g", recipe=None),
+        {"task": "fid", "recipe": "l_dae", "tier": "cpu"},
+    ]
+    file = ledger("\n", *others, result(2.0, "a"), result(41.0, "a", overrides=[]))
+    assert "cpu 41.0 (1)" in cells(tree_text(file), "l_dae")
+    file = ledger(result(50.0, "a", recipe="single_level", timestep=0))
+    assert "cpu 50.0 (1)" in cells(tree_text(file), "single_level")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"task": "linear_probe", "recipe": "l_dae", "tier": "cpu"}'])
+def test_a_broken_line_of_the_ledger_is_named(ledger, line):
+    with pytest.raises(RecipeError, match="ledger.jsonl, line 2: not a result"):
+        tree_text(ledger(result(41.0, "a"), line))
+
+
+def test_the_path_as_markdown_has_a_row_per_step(ledger):
+    head, rule, *rows = path_markdown(ledger(result(41.0, "a"), result(42.0, "b", tier=None))).splitlines()
+    assert (head, rule) == ("| step | changes | paper top-1 | ours |", "|---|---|---|---|")
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in PATH]
+    assert [row[2] for row in rows] == [str(probe or "") for probe, _ in PATH.values()]
+    assert rows[1][1] == "`model.num_classes: 1000 → null`"
+    assert [row[3] for row in rows if row[3]] == ["cpu 41.0 (1), full size 42.0 (1)"]

@@ -21,7 +21,7 @@ from .modeling_ldae import LDAEForImageClassification, LDAEForPreTraining, LDAEM
 
 __version__ = "0.1.0"
 
-_LAZY = {"LDAEScheduler": ".scheduling_ldae"}
+_LAZY = {"LDAEScheduler": ".scheduling_ldae", "LearnedTokenizer": ".latent_tokenizers"}
 
 __all__ = [
     "SIZES",

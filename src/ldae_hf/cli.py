@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from ldae_hf.recipes import load_recipe, tier_names
-from ldae_hf.recipes.display import diff_text, show_text, tree_text
+from ldae_hf.recipes.display import diff_text, path_markdown, show_text, tree_text
 
 
 # What a user can get wrong and mend (a value, a file, the network, a full disk); the message is the whole answer.
@@ -35,6 +35,8 @@ class PlainErrors(TyperGroup):
 PLAIN = dict(cls=PlainErrors, no_args_is_help=True, rich_markup_mode=None)
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False, add_completion=False)
 recipes = typer.Typer(**PLAIN)
+tokenizer_app = typer.Typer(**PLAIN)
+weights = typer.Typer(**PLAIN)
 
 
 @app.callback()
@@ -67,9 +69,22 @@ Overrides = Annotated[
 
 
 @recipes.command("tree")
-def recipes_tree():
-    """Show every recipe under its parent, with the paper's number and what the step changes."""
-    typer.echo(tree_text())
+def recipes_tree(
+    ledger: Annotated[
+        Path | None,
+        typer.Option(help="Results to show beside the paper's; default benchmarks/results/ledger.jsonl, if there."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Only the path, as a markdown table.")] = False,
+):
+    """Show the path and what branches off it, the paper's number and ours, and what each step changes.
+
+    \b
+    ldae recipes tree
+    ldae recipes tree --markdown --ledger results.jsonl
+    """
+    if ledger is None and (usual := Path("benchmarks/results/ledger.jsonl")).is_file():
+        ledger = usual
+    typer.echo(path_markdown(ledger) if markdown else tree_text(ledger))
 
 
 @recipes.command("show")
@@ -94,6 +109,12 @@ def recipes_diff(first: RecipeName, second: RecipeName, tier: Tier = None):
     typer.echo(diff_text(load_recipe(first, tier), load_recipe(second, tier)))
 
 
+PerceptualWeights = Annotated[
+    Path | None,
+    typer.Option(help="A folder with LPIPS's weights, for a tokenizer that is trained with it; see ldae weights."),
+]
+
+
 @app.command()
 def pretrain(
     output_dir: Annotated[Path, typer.Option(help="The run's folder; the same command goes on with what it holds.")],
@@ -110,6 +131,13 @@ def pretrain(
     processor: Annotated[
         Path | None, typer.Option(help="A folder with a fitted processor, instead of a new fit.")
     ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder of `ldae tokenizer train`, instead of training one first.")
+    ] = None,
+    perceptual_weights: PerceptualWeights = None,
+    cache_latents: Annotated[
+        bool, typer.Option(help="Encode every image once; for latent targets and centre crops.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of initialisation, order, crops, timesteps and noise.")] = 0,
     per_device_batch_size: Annotated[
         int | None, typer.Option(help="Images of one forward pass; the rest of the global batch is accumulated.")
@@ -155,6 +183,95 @@ def pretrain(
         ]
         options |= {"evaluations": [online_evaluation(*images, num_workers=num_workers)], "evaluate_every": probe_every}
     pretrain(**options)
+
+
+@tokenizer_app.callback()
+def tokenizer_help():
+    """Learned tokenizers: train one, measure what it keeps of an image, look at its filters.
+
+    `ldae pretrain` trains the tokenizer of its recipe first, if it has one to learn; training it apart lets several
+    recipes share it (ldae pretrain … --tokenizer FOLDER).
+    """
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    output_dir: Annotated[Path, typer.Option(help="The run's folder; the same command goes on with what it holds.")],
+    recipe: RecipeName = "patch_ae",
+    tier: Tier = None,
+    overrides: Overrides = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Images instead of the recipe's: a Hub name, or a folder of images or Parquet.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="The column of images; detected if not given.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The column of labels; detected if not given.")] = None,
+    processor: Annotated[
+        Path | None, typer.Option(help="A folder with a fitted processor, instead of a new fit.")
+    ] = None,
+    perceptual_weights: PerceptualWeights = None,
+    seed: Annotated[int, typer.Option(help="Of initialisation, order, crops and noise.")] = 0,
+    per_device_batch_size: Annotated[
+        int | None, typer.Option(help="Images of one forward pass; the rest of the global batch is accumulated.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
+    mixed_precision: Annotated[str, typer.Option(help="bf16 or no.")] = "bf16",
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; default one epoch.")] = None,
+    keep_checkpoints: Annotated[int, typer.Option(help="How many checkpoints stay.")] = 2,
+    log_every: Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")] = 20,
+    report_to: Annotated[list[str] | None, typer.Option(help="A tracker beside the log, e.g. tensorboard.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this step, with a checkpoint.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")] = None,
+):
+    """Train the learned tokenizer of a recipe; running the same command again resumes.
+
+    \b
+    ldae tokenizer train patch_vae --tier cpu --output-dir runs/patch-vae
+    ldae tokenizer train replace_noise_schedule --tier cpu --output-dir runs/conv-vae
+    ldae pretrain patch_vae --tier cpu --tokenizer runs/patch-vae --output-dir runs/mine
+    """
+    options = dict(locals())  # each option is the argument of the same name
+    from ldae_hf.training import train_tokenizer
+
+    train_tokenizer(**options | {"overrides": overrides or (), "report_to": report_to or ()})
+
+
+@tokenizer_app.command("evaluate")
+def tokenizer_evaluate(
+    tokenizer: Annotated[Path, typer.Argument(help="A folder that `ldae tokenizer train` wrote.")],
+    dataset: Annotated[str, typer.Option(help="A Hub name, or a folder: as given, else inside $LDAE_DATA.")],
+    train_split: Annotated[str, typer.Option(help="Split that the probe learns from.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Split to test on.")] = "test",
+    probe: Annotated[bool, typer.Option(help="Fit a linear probe on the latents too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the probe.")] = 0,
+    num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Append the result to this JSON-lines file.")] = None,
+):
+    """Reconstruction error of a tokenizer, beside PCA at the same K.
+
+    \b
+    ldae tokenizer evaluate runs/patch-vae --dataset cifar10 --probe
+    """
+    options = dict(locals())  # each option is the argument of the same name
+    from ldae_hf.evaluation.reconstruction import reconstruction_table, run_reconstruction
+
+    typer.echo(reconstruction_table(run_reconstruction(**options)))
+
+
+@tokenizer_app.command("filters")
+def tokenizer_filters(
+    tokenizers: Annotated[list[Path], typer.Argument(help="Folders of patch-wise tokenizers.")],
+    output: Annotated[Path, typer.Option(help="The picture, .png or .svg.")] = Path("filters.png"),
+    count: Annotated[int, typer.Option(help="Filters of each.")] = 8,
+):
+    """Paint the first filters of patch-wise tokenizers below those of their PCA (Figure 4).
+
+    \b
+    ldae tokenizer filters runs/patch-ae runs/patch-vae --output filters.png
+    """
+    from ldae_hf.evaluation.figures import filters_figure
+
+    typer.echo(filters_figure(tokenizers, output, num_filters=count))
 
 
 Encoder = Annotated[str, typer.Argument(help="An encoder's folder, or its name on the Hub.")]
@@ -232,7 +349,33 @@ def knn(
     typer.echo(result_table(run_knn(**options)))
 
 
+@weights.callback()
+def weights_help():
+    """Other people's weights, for example those of VGG-16 and LPIPS.
+
+    A PyTorch checkpoint is a pickle, and a pickle can hold code; ldae reads safetensors only.
+    """
+
+
+@weights.command("convert")
+def weights_convert(
+    file: Annotated[Path, typer.Argument(help="A PyTorch checkpoint: .pth, .pt or .ckpt.")],
+    output: Annotated[Path | None, typer.Option(help="Default: FILE with the ending .safetensors.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
+):
+    """Write the tensors of a PyTorch checkpoint as safetensors, without running any code that it may hold.
+
+    \b
+    ldae weights convert vgg16-397923af.pth --output lpips/vgg16.safetensors
+    """
+    from ldae_hf.weights import convert
+
+    typer.echo(convert(file, output, force=force))
+
+
 app.add_typer(recipes, name="recipes")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(weights, name="weights")
 
 
 if __name__ == "__main__":

@@ -27,22 +27,30 @@ SIZES = {
     )
 }
 
-# The four keys of the path, each with its values in the order in which the paper takes them.
-TOKENIZERS = ("patch_pca",)
-NOISE_SCHEDULES = ("ddpm_linear", "linear_gamma_squared", "linear_sigma", "single_level")
+# The four keys of the path, each with its values in the order in which the paper takes them. `random_projection` and
+# `snr_matched_sigma` are controls that the paper does not have.
+CONVOLUTIONAL_TOKENIZERS = ("vqgan", "conv_vae")
+LEARNED_PATCH_TOKENIZERS = ("patch_vae", "patch_ae")
+ORTHONORMAL_TOKENIZERS = ("patch_pca", "pixels", "random_projection")
+LEARNED_TOKENIZERS = CONVOLUTIONAL_TOKENIZERS + LEARNED_PATCH_TOKENIZERS
+TOKENIZERS = LEARNED_TOKENIZERS + ORTHONORMAL_TOKENIZERS
+NOISE_SCHEDULES = ("ddpm_linear", "linear_gamma_squared", "linear_sigma", "single_level", "snr_matched_sigma")
 INPUT_SPACES = ("latent", "pixel")
 PREDICTION_TARGETS = ("noise", "latent", "reconstruction", "image")
 LATENT_SCALINGS = ("global", "whiten", "none")
+LOSS_WEIGHTINGS = ("signal_share", "snr")
+SIGMA_MAX = 2**0.5  # of `linear_sigma` in the paper
 
 # (input_space, prediction_target) -> the tokenizers for which the pair is defined. Every noise schedule goes with
-# every row. A network that sees latents answers in latents; image targets need the image input.
+# every row. A network that sees latents answers in latents; the image input and image targets need orthonormal
+# directions, so that what a patch has inside and outside of them adds up.
 LEGAL_COMBINATIONS = {
-    ("latent", "noise"): ("patch_pca",),
-    ("latent", "latent"): ("patch_pca",),
-    ("pixel", "noise"): ("patch_pca",),
-    ("pixel", "latent"): ("patch_pca",),
-    ("pixel", "reconstruction"): ("patch_pca",),
-    ("pixel", "image"): ("patch_pca",),
+    ("latent", "noise"): TOKENIZERS,
+    ("latent", "latent"): TOKENIZERS,
+    ("pixel", "noise"): ORTHONORMAL_TOKENIZERS,
+    ("pixel", "latent"): ORTHONORMAL_TOKENIZERS,
+    ("pixel", "reconstruction"): ORTHONORMAL_TOKENIZERS,
+    ("pixel", "image"): ORTHONORMAL_TOKENIZERS,
 }
 
 # What transformers itself writes into a config.json, or passes to a configuration, beside the declared fields.
@@ -70,16 +78,24 @@ class LDAEConfig(PreTrainedConfig):
         layer_norm_eps (`float`): epsilon of every layer normalisation.
         conditioning_hidden_size (`int`, `None` or `"quarter"`): hidden width of each block's MLP on the timestep;
             `"quarter"` (Appendix A) becomes `hidden_size // 4`, `None` is DiT's single linear layer.
+        timestep_freq_shift (`float`): added to the half-width in the exponent of the timestep's sinusoids; 0 is
+            DiT's, 1 diffusers'.
+        num_classes (`int` or `None`): classes that the denoiser is conditioned on (the DiT baseline); `None` for none.
+        class_dropout_prob (`float`): share of the labels that training replaces by "no class".
         tokenizer (`str`): image to tokens and back, one of `TOKENIZERS`.
         noise_schedule (`str`): the (gamma_t, sigma_t) table, one of `NOISE_SCHEDULES` (Eq. 1).
+        sigma_max (`float`): the largest sigma of `linear_sigma`; the others have none to choose.
         input_space (`str`): `"latent"` (noisy latents) or `"pixel"` (the image they decode to).
         prediction_target (`str`): `"noise"`, `"latent"`, `"reconstruction"` or `"image"` (Eq. 4).
         latent_dim (`int`): K, latent values per token, in 1 ... patch_size² · num_channels.
         latent_scaling (`str`): `"global"` (mean latent variance 1), `"whiten"` (each 1) or `"none"`.
         residual_weight (`float`): weight of the loss outside the K latent directions (Eq. 4: 0.1).
+        loss_weighting (`str`): lambda_t of clean targets, `"signal_share"`, gamma² / (gamma² + sigma²), or `"snr"`,
+            gamma² / sigma² (tried in the paper, and worse). Predicting noise has lambda = 1.
         num_train_timesteps (`int`): noise levels T; `single_level` has one, whatever this says.
         feature_timestep (`int`): timestep at which features are taken; default 10, or the last if there are fewer.
         processor_fingerprint (`str`): sha256 of the PCA basis in the weights; set by `model.set_processor`.
+        tokenizer_fingerprint (`str`): sha256 of a learned tokenizer; set by `model.set_tokenizer`.
 
     Raises:
         ValueError: an unknown key, a value out of range, or keys that contradict each other.
@@ -99,16 +115,22 @@ class LDAEConfig(PreTrainedConfig):
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float | int = 1e-6
     conditioning_hidden_size: int | str | None = "quarter"
+    timestep_freq_shift: float | int = 0
+    num_classes: int | None = None
+    class_dropout_prob: float | int = 0.1
     tokenizer: str = "patch_pca"
     noise_schedule: str = "linear_sigma"
+    sigma_max: float | int = SIGMA_MAX
     input_space: str = "pixel"
     prediction_target: str = "image"
     latent_dim: int = 32
     latent_scaling: str = "global"
     residual_weight: float | int = 0.1
+    loss_weighting: str = "signal_share"
     num_train_timesteps: int = 1000
     feature_timestep: int | None = None
     processor_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):
         known = set(self.__dataclass_fields__) | _TRANSFORMERS_KEYS
@@ -160,6 +182,7 @@ class LDAEConfig(PreTrainedConfig):
             ("input_space", INPUT_SPACES),
             ("prediction_target", PREDICTION_TARGETS),
             ("latent_scaling", LATENT_SCALINGS),
+            ("loss_weighting", LOSS_WEIGHTINGS),
             ("hidden_act", tuple(ACT2FN)),
         ):
             if getattr(self, key) not in values:
@@ -176,11 +199,15 @@ class LDAEConfig(PreTrainedConfig):
             "layer_norm_eps",
             "latent_dim",
             "num_train_timesteps",
+            "sigma_max",
         ):
             if not 0 < getattr(self, key) < math.inf:  # NaN fails too
                 raise ValueError(f"{key}={getattr(self, key)} must be positive and finite.")
-        if not 0 <= self.residual_weight <= 1:
-            raise ValueError(f"residual_weight={self.residual_weight} must lie in 0 ... 1.")
+        for key in ("residual_weight", "class_dropout_prob", "timestep_freq_shift"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}={getattr(self, key)} must lie in 0 ... 1.")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes={self.num_classes} must be positive, or None for no class labels.")
         hidden = self.conditioning_hidden_size
         if isinstance(hidden, str) or (hidden is not None and hidden <= 0):
             raise ValueError(f"conditioning_hidden_size={hidden!r} must be a positive integer, None or 'quarter'.")
@@ -209,6 +236,23 @@ class LDAEConfig(PreTrainedConfig):
             raise ValueError(
                 f"input_space={pair[0]!r} with prediction_target={pair[1]!r} is not defined for "
                 f"tokenizer={self.tokenizer!r}; choose one of {legal}."
+            )
+        if self.tokenizer == "pixels" and self.latent_dim != self.patch_dim:
+            raise ValueError(
+                f"tokenizer='pixels' keeps all {self.patch_dim} values of a patch: latent_dim={self.latent_dim} must "
+                f"be {self.patch_dim}."
+            )
+        if self.sigma_max != SIGMA_MAX and self.noise_schedule != "linear_sigma":
+            raise ValueError(
+                f"sigma_max={self.sigma_max} is for noise_schedule='linear_sigma' only; "
+                f"{self.noise_schedule!r} has its own largest sigma."
+            )
+        if self.loss_weighting == "snr" and (
+            self.prediction_target == "noise" or self.noise_schedule == "linear_sigma"
+        ):
+            raise ValueError(
+                "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with "
+                "prediction_target='noise' nor with noise_schedule='linear_sigma', whose first sigma is 0."
             )
         if not 0 <= self.feature_timestep < self.num_noise_levels:
             raise ValueError(

@@ -26,8 +26,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ldae import LDAEConfig
-from .noise_schedules import NoiseSchedule, clean_target_weight
-from .patch_tokenizers import PatchPCA, patchify, unpatchify
+from .noise_schedules import LOSS_WEIGHTS, NoiseSchedule
+from .patch_tokenizers import TOKENIZERS, PatchTokenizer, Tokenizer, patchify, unpatchify
 
 
 @dataclass
@@ -77,15 +77,69 @@ class LDAETimestepEmbedding(nn.Module):
 
     def __init__(self, config: LDAEConfig):
         super().__init__()
+        self.freq_shift = config.timestep_freq_shift
         self.fc1 = linear(self.num_frequencies, config.hidden_size, initial_std=0.02)
         self.fc2 = linear(config.hidden_size, config.hidden_size, initial_std=0.02)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         half = self.num_frequencies // 2
-        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        exponents = -math.log(10000) * exponents / (half - self.freq_shift)
         angles = timesteps[:, None].float() * exponents.exp()  # (B, 128)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
         return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))  # (B, D)
+
+
+class LDAELabelEmbedding(nn.Module):
+    """A class -> what it adds to the condition (B,D), as in DiT; the last row of the table stands for "no class"."""
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__()
+        self.num_classes, self.dropout_prob = config.num_classes, config.class_dropout_prob
+        self.table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    def forward(self, conditioning: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Adds the classes `labels` (B,), None for "no class" in all of the batch, to the condition.
+
+        Raises:
+            ValueError: a label is no integer or outside 0 ... num_classes (which is "no class"); an accelerator's
+                tensors are not read back.
+        """
+        if labels is None:
+            return conditioning + self.table.weight[-1:]
+        if labels.is_floating_point() or labels.shape[0] not in (1, conditioning.shape[0]):
+            raise ValueError(
+                f"labels must be {conditioning.shape[0]} integers, one for each image, "
+                f"not {labels.dtype} of shape {tuple(labels.shape)}."
+            )
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high > self.num_classes:
+                raise ValueError(
+                    f"Labels must lie in 0 ... {self.num_classes - 1} (num_classes={self.num_classes}), "
+                    f"but {low if low < 0 else high} was given."
+                )
+        return conditioning + self.table(labels)
+
+    def drop(self, labels: torch.Tensor | None, dropped: torch.Tensor | None) -> torch.Tensor | None:
+        """Replaces labels (B,) by "no class" where `dropped` (B,) says so; in training it is drawn if not given."""
+        if labels is None:
+            return None
+        if dropped is None:
+            drawn = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+            dropped = drawn if self.training else torch.zeros_like(drawn)
+        return torch.where(dropped.to(labels.device), self.num_classes, labels)
+
+
+class NoLabels(nn.Module):
+    """The condition as it is: what every model after the DiT baseline has in the place of a label embedding."""
+
+    def forward(self, conditioning: torch.Tensor, labels: None = None) -> torch.Tensor:
+        return conditioning
+
+    def drop(self, labels: torch.Tensor | None, dropped: torch.Tensor | None) -> None:
+        if labels is not None:
+            raise ValueError("This model has no class labels (num_classes=None); leave `labels` out.")
 
 
 def modulation_mlp(config: LDAEConfig, num_chunks: int) -> nn.Sequential:
@@ -187,14 +241,19 @@ class LDAEDecoder(nn.Module):
 # |e|² - |V e|² (Pythagoras): Eq. 4 never needs the other P - K directions.
 
 
-def latent_input(tokenizer: PatchPCA, noisy_tokens: torch.Tensor) -> torch.Tensor:
+def latent_input(tokenizer: Tokenizer, noisy_tokens: torch.Tensor) -> torch.Tensor:
     """The network sees z_t, (B,N,K)."""
     return noisy_tokens
 
 
-def pixel_input(tokenizer: PatchPCA, noisy_tokens: torch.Tensor) -> torch.Tensor:
+def pixel_input(tokenizer: PatchTokenizer, noisy_tokens: torch.Tensor) -> torch.Tensor:
     """The network sees the image x_t = mean + Vᵀ z_t / s, (B,N,P)."""
     return tokenizer.decode(noisy_tokens)
+
+
+def equal_weight(gammas: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """lambda_t = 1, of every noise target."""
+    return torch.ones_like(gammas)
 
 
 class PredictNoise:
@@ -202,8 +261,8 @@ class PredictNoise:
 
     answers_in_latents = True
 
-    def loss_weight(self, gammas, sigmas):
-        return torch.ones_like(gammas)
+    def __init__(self, config: LDAEConfig):
+        self.loss_weight = equal_weight
 
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         return (noise - prediction).square().sum(-1)
@@ -217,8 +276,8 @@ class PredictLatent:
 
     answers_in_latents = True
 
-    def loss_weight(self, gammas, sigmas):
-        return clean_target_weight(gammas, sigmas)
+    def __init__(self, config: LDAEConfig):
+        self.loss_weight = LOSS_WEIGHTS[config.loss_weighting]
 
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         return (tokens - prediction).square().sum(-1)
@@ -232,8 +291,8 @@ class PredictReconstruction:
 
     answers_in_latents = False
 
-    def loss_weight(self, gammas, sigmas):
-        return clean_target_weight(gammas, sigmas)
+    def __init__(self, config: LDAEConfig):
+        self.loss_weight = LOSS_WEIGHTS[config.loss_weighting]
 
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         return tokenizer.loss_scale**2 * (tokenizer.decode(tokens) - prediction).square().sum(-1)
@@ -245,8 +304,9 @@ class PredictReconstruction:
 class PredictImage(PredictReconstruction):
     """l-DAE: the answer is the original image, (B,N,P), with the tail weighted down (Eq. 4)."""
 
-    def __init__(self, residual_weight: float):
-        self.residual_weight = residual_weight
+    def __init__(self, config: LDAEConfig):
+        super().__init__(config)
+        self.residual_weight = config.residual_weight
 
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         error = patches - prediction
@@ -260,11 +320,9 @@ class PredictNoiseInImage:
 
     answers_in_latents = False
 
-    def __init__(self, residual_weight: float):
-        self.residual_weight = residual_weight
-
-    def loss_weight(self, gammas, sigmas):
-        return torch.ones_like(gammas)
+    def __init__(self, config: LDAEConfig):
+        self.loss_weight = equal_weight
+        self.residual_weight = config.residual_weight
 
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         inside = (noise - tokenizer.project(prediction) * tokenizer.scales).square().sum(-1)
@@ -281,12 +339,12 @@ class PredictNoiseInImage:
 NETWORK_INPUTS = {"latent": latent_input, "pixel": pixel_input}
 
 PREDICTIONS = {
-    ("latent", "noise"): lambda config: PredictNoise(),
-    ("latent", "latent"): lambda config: PredictLatent(),
-    ("pixel", "noise"): lambda config: PredictNoiseInImage(config.residual_weight),
-    ("pixel", "latent"): lambda config: PredictLatent(),
-    ("pixel", "reconstruction"): lambda config: PredictReconstruction(),
-    ("pixel", "image"): lambda config: PredictImage(config.residual_weight),
+    ("latent", "noise"): PredictNoise,
+    ("latent", "latent"): PredictLatent,
+    ("pixel", "noise"): PredictNoiseInImage,
+    ("pixel", "latent"): PredictLatent,
+    ("pixel", "reconstruction"): PredictReconstruction,
+    ("pixel", "image"): PredictImage,
 }
 
 
@@ -335,7 +393,8 @@ class LDAEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """As DiT: linear layers Xavier-uniform with zero bias; the timestep MLP normal with std 0.02; the last layer of
-        every modulation and the decoder's head zero, so that each block starts as the identity and the model answers 0.
+        every modulation and the decoder's head zero, so that each block starts as the identity and the model answers 0;
+        the table of classes normal with std 0.02.
         Buffers: the DCT basis, the noise tables, the sine-cosine positions (none of them survives a meta device).
         """
         if isinstance(module, nn.Linear):
@@ -344,10 +403,11 @@ class LDAEPreTrainedModel(PreTrainedModel):
             else:
                 init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, PatchPCA):
-            buffers = (module.components, module.mean, module.explained_variance)
-            for buffer, value in zip(buffers, module.unfitted(), strict=True):
-                init.copy_(buffer, value)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, Tokenizer):
+            for name, value in module.unfitted().items():
+                init.copy_(getattr(module, name), value)
         elif isinstance(module, NoiseSchedule):
             for buffer, value in zip((module.gammas, module.sigmas), module.tables(), strict=True):
                 init.copy_(buffer, value)
@@ -401,15 +461,46 @@ class LDAEPreTrainedModel(PreTrainedModel):
             raise ValueError("This processor has no PCA basis yet; call processor.fit(images) first.")
         self._check_processor_geometry(processor)
         tokenizer = self.base_model.tokenizer
-        tokenizer.components.copy_(torch.as_tensor(processor.components[: self.config.latent_dim]))
-        tokenizer.mean.copy_(torch.as_tensor(processor.mean))
-        tokenizer.explained_variance.copy_(torch.as_tensor(processor.explained_variance))
+        for name, value in tokenizer.fitted(*processor.basis).items():
+            getattr(tokenizer, name).copy_(value)
         self.config.processor_fingerprint = processor.fingerprint
+
+    @torch.no_grad()
+    def set_tokenizer(self, learned) -> None:
+        """Takes a trained [`LearnedTokenizer`] and puts its fingerprint into the config, after `set_processor`.
+
+        A patch-wise one is copied into the weights. A convolutional one is kept beside them: a model that was loaded
+        needs it handed in again.
+
+        Raises:
+            ValueError: the tokenizer is of another kind, patch or latent size, was trained with another processor, or
+                is not the one that the model was trained with.
+        """
+        for key in ("tokenizer", "patch_size", "latent_dim"):
+            ours, theirs = getattr(self.config, key), getattr(learned, key)
+            if ours != theirs:
+                raise ValueError(f"The model has {key}={ours!r} but the learned tokenizer has {key}={theirs!r}.")
+        if learned.processor_fingerprint not in (None, self.config.processor_fingerprint):
+            raise ValueError(
+                f"The tokenizer was trained with the processor {learned.processor_fingerprint[:12]}, the model has "
+                f"{(self.config.processor_fingerprint or 'none yet')[:12]}; call model.set_processor(processor) first, "
+                "with the processor in the tokenizer's folder."
+            )
+        if self.config.tokenizer_fingerprint not in (None, learned.fingerprint):
+            raise ValueError(
+                f"The model was trained with the tokenizer {self.config.tokenizer_fingerprint[:12]}, not with "
+                f"{learned.fingerprint[:12]}; load the one in the model's own folder."
+            )
+        tokenizer = self.base_model.tokenizer
+        for name, value in learned.buffers.items():
+            getattr(tokenizer, name).copy_(value)
+        if learned.autoencoder is not None:
+            tokenizer.attach(learned.autoencoder)
+        self.config.tokenizer_fingerprint = learned.fingerprint
 
     def check_processor(self, processor) -> None:
         """Raises ValueError unless this model's PCA basis came from this processor."""
         self._check_processor_geometry(processor)
-        components = self.base_model.tokenizer.components
         if processor.fingerprint != self.config.processor_fingerprint:
             raise ValueError(
                 f"The processor's PCA basis ({processor.fingerprint[:12]}) is not the one this model was built with "
@@ -417,7 +508,7 @@ class LDAEPreTrainedModel(PreTrainedModel):
                 "or call model.set_processor(processor) before training."
             )
         # A model made from a saved configuration alone has the fingerprint, but not the basis.
-        if not torch.equal(components, processor.components[: self.config.latent_dim].float().to(components)):
+        if not self.base_model.tokenizer.holds(processor.components, processor.mean):
             raise ValueError(
                 f"The model's configuration names this processor ({processor.fingerprint[:12]}), but its weights hold "
                 "another PCA basis; load the weights too, or call model.set_processor(processor) before training."
@@ -434,20 +525,22 @@ class LDAEModel(LDAEPreTrainedModel):
     """The encoder: images in, one feature vector per patch out. Deterministic: no noise, no masking, all tokens.
 
     An image is first projected on the K latent directions that the encoder was trained on (its other input weights
-    were hardly trained), then encoded at `config.feature_timestep`.
+    were hardly trained), then encoded at `config.feature_timestep`, and as "no class" where there are class labels.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^batch_norm\.", r"^classifier\."]
 
     def __init__(self, config: LDAEConfig):
         super().__init__(config)
-        self.tokenizer = PatchPCA(config.patch_size, config.num_channels, config.latent_dim, config.latent_scaling)
-        self.schedule = NoiseSchedule(config.noise_schedule, config.num_train_timesteps)
+        tokenizer = TOKENIZERS[config.tokenizer]
+        self.tokenizer = tokenizer(config.patch_size, config.num_channels, config.latent_dim, config.latent_scaling)
+        self.schedule = NoiseSchedule(config.noise_schedule, config.num_train_timesteps, config.sigma_max)
         self.network_input = NETWORK_INPUTS[config.input_space]
         input_dim = config.latent_dim if config.input_space == "latent" else config.patch_dim
         self.patch_embedding = nn.Linear(input_dim, config.hidden_size)
         self.register_buffer("position_embeddings", sincos_positions(config.hidden_size, self.grid))
         self.timestep_embedding = LDAETimestepEmbedding(config)
+        self.label_embedding = NoLabels() if config.num_classes is None else LDAELabelEmbedding(config)
         self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
@@ -518,7 +611,7 @@ class LDAEModel(LDAEPreTrainedModel):
         timesteps = self.schedule.as_timesteps(timesteps, tokens.device, tokens.shape[0])  # (1,) or (B,)
         if noise is not None:
             tokens = self.schedule.add_noise(tokens, noise.to(tokens), timesteps)
-        conditioning = self.timestep_embedding(timesteps)
+        conditioning = self.label_embedding(self.timestep_embedding(timesteps))
         hidden_states = self.encode(self.network_input(self.tokenizer, tokens), conditioning, grid)
         features = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
@@ -542,33 +635,59 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         timesteps: int | torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        dropped_labels: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
         **kwargs,
     ) -> LDAEForPreTrainingOutput:
         """One denoising step.
 
         Args:
             pixel_values: (B,C,H,W), normalised by the processor.
+            labels: (B,) classes, for a model with `num_classes`; without them every image is of "no class".
             timesteps: (B,) in 0 ... T-1, or one integer; drawn uniformly if not given.
             noise: (B,N,K) standard normal; drawn if not given.
+            dropped_labels: (B,) bool, whose label is replaced by "no class"; in training drawn if not given.
+            tokens: (B,N,K) what the tokenizer makes of the images, in their place where they are cached: of square
+                images, and for targets in latents.
+
+        Raises:
+            ValueError: an input does not fit the model.
         """
         refuse_unknown(kwargs)
-        grid = self.ldae.grid_of(pixel_values)
-        tokens = self.ldae.tokenizer.encode(pixel_values)  # (B, N, K)
+        grid = self.ldae.grid_of(pixel_values) if tokens is None else self.square_grid(tokens)
+        tokens = self.ldae.tokenizer.encode(pixel_values) if tokens is None else tokens  # (B, N, K)
         timesteps, noise = self.ldae.schedule.sample(tokens, timesteps, noise)
         noisy_tokens = self.ldae.schedule.add_noise(tokens, noise, timesteps)  # gamma_t z + sigma_t eps
-        conditioning = self.ldae.timestep_embedding(timesteps)  # (B, D)
+        labels = self.ldae.label_embedding.drop(labels, dropped_labels)
+        conditioning = self.ldae.label_embedding(self.ldae.timestep_embedding(timesteps), labels)  # (B, D)
         shown = self.ldae.network_input(self.ldae.tokenizer, noisy_tokens)  # (B, N, K) or (B, N, P)
         hidden_states = self.ldae.encode(shown, conditioning, grid)  # (B, N, D)
         prediction = self.decoder(hidden_states, conditioning).to(tokens.dtype)  # (B, N, K) or (B, N, P)
         loss = self.loss(prediction, pixel_values, tokens, noise, timesteps)
         return LDAEForPreTrainingOutput(loss, prediction, noisy_tokens, timesteps)
 
+    def square_grid(self, tokens: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of cached tokens (B,N,K).
+
+        Raises:
+            ValueError: they do not fill a square, are not K values each, or the target needs the images themselves.
+        """
+        if not self.prediction_target.answers_in_latents:
+            raise ValueError("Cached tokens can stand for images only where the target is latents, not pixels.")
+        side = math.isqrt(tokens.shape[1])
+        if tokens.shape[1:] != (side**2, self.config.latent_dim):
+            raise ValueError(
+                f"tokens must be (batch, N, {self.config.latent_dim}) with N a square, not {tuple(tokens.shape)}."
+            )
+        return side, side
+
     def loss(self, prediction, pixel_values, tokens, noise, timesteps) -> torch.Tensor:
-        """() lambda_t / K · Σ_i w_i r_i² (Eq. 4), mean over images and tokens."""
-        patches = patchify(pixel_values, self.config.patch_size).to(tokens.dtype)
+        """() lambda_t / K · Σ_i w_i r_i² (Eq. 4), mean over images and tokens. Targets in latents need no pixels."""
+        patches = None if pixel_values is None else patchify(pixel_values, self.config.patch_size).to(tokens.dtype)
         squared_error = self.prediction_target.squared_error(self.ldae.tokenizer, prediction, patches, tokens, noise)
         gammas, sigmas = self.ldae.schedule.levels(timesteps)
         weights = self.prediction_target.loss_weight(gammas, sigmas).squeeze(-1)  # (B, 1)

@@ -1,10 +1,12 @@
-"""The four noise schedules of the path: how much signal (gamma_t) and how much noise (sigma_t) at each level t.
+"""The noise schedules of the path: how much signal (gamma_t) and how much noise (sigma_t) at each level t.
 
 z_t = gamma_t · z_0 + sigma_t · noise (Eq. 1), t = 0 ... T-1. Torch only.
 """
 
 import torch
 from torch import nn
+
+from .configuration_ldae import SIGMA_MAX
 
 
 def ddpm_linear(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,9 +23,9 @@ def linear_gamma_squared(num_train_timesteps: int) -> tuple[torch.Tensor, torch.
     return gammas_squared.sqrt(), (1 - gammas_squared).sqrt()
 
 
-def linear_sigma(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Section 4.3, l-DAE: the signal is never scaled, sigma grows linearly from 0 to sqrt(2)."""
-    sigmas = torch.linspace(0, 2**0.5, num_train_timesteps, dtype=torch.float64)
+def linear_sigma(num_train_timesteps: int, sigma_max: float = SIGMA_MAX) -> tuple[torch.Tensor, torch.Tensor]:
+    """Section 4.3, l-DAE: the signal is never scaled, sigma grows linearly from 0 to `sigma_max`."""
+    sigmas = torch.linspace(0, sigma_max, num_train_timesteps, dtype=torch.float64)
     return torch.ones_like(sigmas), sigmas
 
 
@@ -32,31 +34,56 @@ def single_level(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(1, dtype=torch.float64), torch.full((1,), 3**-0.5, dtype=torch.float64)
 
 
+def snr_matched_sigma(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A control that the paper lacks: the signal-to-noise ratios of `linear_gamma_squared`, but the signal unscaled.
+
+    `linear_sigma` takes the scale away and the strongest noise with it; this takes away the scale only. The last level
+    of `linear_gamma_squared` has no signal, which no finite sigma matches: it repeats the level before.
+    """
+    gammas_squared = (linear_gamma_squared(num_train_timesteps)[0] ** 2).clamp(min=1 / num_train_timesteps)
+    return torch.ones_like(gammas_squared), ((1 - gammas_squared) / gammas_squared).sqrt()
+
+
 SCHEDULES = {
     "ddpm_linear": ddpm_linear,
     "linear_gamma_squared": linear_gamma_squared,
     "linear_sigma": linear_sigma,
     "single_level": single_level,
+    "snr_matched_sigma": snr_matched_sigma,
 }
 
 
-def noise_schedule_tables(name: str, num_train_timesteps: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+def noise_schedule_tables(
+    name: str, num_train_timesteps: int = 1000, sigma_max: float = SIGMA_MAX
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`(gammas, sigmas)` of a schedule, each (T,) in float64 on the CPU (T = 1 for `single_level`).
 
     Raises:
-        ValueError: no schedule has this name, or there is not even one timestep.
+        ValueError: no schedule has this name, there is not even one timestep, or a `sigma_max` is given to a schedule
+            that has none to choose.
     """
     if name not in SCHEDULES:
         raise ValueError(f"There is no noise schedule {name!r}; the schedules are {', '.join(SCHEDULES)}.")
     if num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1.")
+    chosen = {"sigma_max": sigma_max} if sigma_max != SIGMA_MAX else {}
+    if chosen and name != "linear_sigma":
+        raise ValueError(f"sigma_max={sigma_max} is for the noise schedule 'linear_sigma', not {name!r}.")
     with torch.device("cpu"):  # also where a model is being built on the meta device
-        return SCHEDULES[name](num_train_timesteps)
+        return SCHEDULES[name](num_train_timesteps, **chosen)
 
 
 def clean_target_weight(gammas: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     """lambda_t = gamma² / (gamma² + sigma²), the loss weight of every clean target (1 / (1 + sigma²) for l-DAE)."""
     return gammas**2 / (gammas**2 + sigmas**2)
+
+
+def snr_weight(gammas: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """lambda_t = gamma² / sigma², which makes predicting clean data the same loss as predicting noise."""
+    return gammas**2 / sigmas**2
+
+
+LOSS_WEIGHTS = {"signal_share": clean_target_weight, "snr": snr_weight}
 
 
 class NoiseSchedule(nn.Module):
@@ -66,16 +93,17 @@ class NoiseSchedule(nn.Module):
     `_init_weights`: a model that is built on the meta device would otherwise come back with empty memory in them.
     """
 
-    def __init__(self, name: str, num_train_timesteps: int):
+    def __init__(self, name: str, num_train_timesteps: int, sigma_max: float = SIGMA_MAX):
         super().__init__()
-        self.name, self.num_train_timesteps = name, num_train_timesteps
+        self.name, self.num_train_timesteps, self.sigma_max = name, num_train_timesteps, sigma_max
         gammas, sigmas = self.tables()
         self.register_buffer("gammas", gammas)
         self.register_buffer("sigmas", sigmas)
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The fp32 tables that belong in the buffers."""
-        return tuple(table.float() for table in noise_schedule_tables(self.name, self.num_train_timesteps))
+        tables = noise_schedule_tables(self.name, self.num_train_timesteps, self.sigma_max)
+        return tuple(table.float() for table in tables)
 
     def __len__(self) -> int:
         return self.gammas.shape[0]

@@ -1,4 +1,4 @@
-"""LDAEScheduler: the four noise schedules behind diffusers' scheduler interface, for sampling and for adding noise.
+"""LDAEScheduler: the noise schedules behind diffusers' scheduler interface, for sampling and for adding noise.
 
 Between two levels s < t of any table, z_t = gamma_t z_0 + sigma_t eps is a Markov chain whose step backwards is
 
@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .configuration_ldae import SIGMA_MAX
 from .noise_schedules import NoiseSchedule, clean_target_weight, noise_schedule_tables
 
 
@@ -42,6 +43,7 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         noise_schedule (`str`): the (gamma_t, sigma_t) table of Eq. 1, a key of `noise_schedules.SCHEDULES`.
         num_train_timesteps (`int`): noise levels T >= 1; `single_level` has one, whatever this says.
         prediction_type (`str`): what the model answers, `"sample"` (the clean sample) or `"epsilon"` (the noise).
+        sigma_max (`float`): the largest sigma of `linear_sigma`.
 
     Attributes:
         gammas, sigmas: (T,) float32 on the CPU, index = timestep.
@@ -50,8 +52,8 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         timesteps: (n,) int64, falling; every level until `set_timesteps` is called.
 
     Raises:
-        ValueError: an unknown noise schedule, prediction type or setting, or a `num_train_timesteps` that is no
-            positive integer.
+        ValueError: an unknown noise schedule, prediction type or setting, a `num_train_timesteps` that is no positive
+            integer, or a `sigma_max` for a schedule that has none to choose.
     """
 
     order = 1
@@ -62,15 +64,16 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         noise_schedule: str = "linear_sigma",
         num_train_timesteps: int = 1000,
         prediction_type: str = "sample",
+        sigma_max: float = SIGMA_MAX,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}.")
         if not isinstance(num_train_timesteps, int):
             raise ValueError(f"num_train_timesteps={num_train_timesteps!r} must be an integer.")
-        self._schedule = NoiseSchedule(noise_schedule, num_train_timesteps)
+        self._schedule = NoiseSchedule(noise_schedule, num_train_timesteps, sigma_max)
         self.gammas, self.sigmas = self._schedule.gammas, self._schedule.sigmas
         # (2,T) in float64: steps take their coefficients from here, 1 - SNR_t / SNR_s would lose digits in float32.
-        self._table = torch.stack(noise_schedule_tables(noise_schedule, num_train_timesteps))
+        self._table = torch.stack(noise_schedule_tables(noise_schedule, num_train_timesteps, sigma_max))
         self._table_copies = {}
         # Where gamma is 0 nothing is left of the signal, so there is nothing to predict noise or SNR from.
         self._num_sampling_levels = int((self._table[0] > 0).sum())

@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..configuration_ldae import LDAEConfig
+from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
 from ..image_processing_ldae import LDAEImageProcessor
+from ..latent_tokenizers import LearnedTokenizer
 from ..modeling_ldae import LDAEModel, LDAEPreTrainedModel
 from ..training.sampling import random_generator
 
@@ -32,7 +33,7 @@ def load_encoder(
     processor: str | Path | LDAEImageProcessor | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[LDAEModel, LDAEImageProcessor]:
-    """An encoder and its processor, whose PCA basis is compared with the encoder's.
+    """An encoder and its processor, whose PCA basis is compared with the encoder's; with it a convolutional tokenizer.
 
     Args:
         encoder: a folder, a name on the Hub, or a model; of a head the encoder is taken.
@@ -41,7 +42,7 @@ def load_encoder(
             is one.
 
     Raises:
-        ValueError: the fingerprints differ, or a model comes without a processor.
+        ValueError: the fingerprints differ, a model comes without a processor, or a folder without its tokenizer.
     """
     if isinstance(encoder, LDAEPreTrainedModel):
         if processor is None:
@@ -50,6 +51,8 @@ def load_encoder(
     else:
         processor = encoder if processor is None else processor
         model = LDAEModel.from_pretrained(encoder)
+        if model.config.tokenizer in CONVOLUTIONAL_TOKENIZERS:
+            model.set_tokenizer(LearnedTokenizer.from_pretrained(encoder, subfolder="tokenizer"))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(processor, LDAEImageProcessor):
         processor = LDAEImageProcessor.from_pretrained(processor)

@@ -1,5 +1,6 @@
 """Pictures of what a run learned. The only place where matplotlib is imported."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,8 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..image_processing_ldae import LDAEImageProcessor
+from ..latent_tokenizers import LearnedTokenizer
 from ..modeling_ldae import LDAEForPreTraining
 from ..patch_tokenizers import unpatchify
+from ..training.tokenizers import tokenizer_folder
 
 
 def denoising_figure(
@@ -69,6 +72,49 @@ def denoising_figure(
         _show(axis, 0.5 + weights / (2 * weights.abs().max()))
     patch = f"{processor.patch_size}x{processor.patch_size}"
     lower.suptitle(f"first {len(filters)} of {processor.latent_dim} PCA directions of {patch} patches", fontsize=8)
+    return _save(figure, path)
+
+
+def filters_figure(tokenizers: Sequence[str | Path], path: str | Path, *, num_filters: int = 8) -> Path:
+    """Paints the first filters of patch-wise tokenizers, one row each, below the first PCA directions (Figure 4).
+
+    A filter is a row of V (K,P) as an image of the patch's size, around grey. The order of a learned tokenizer's
+    filters means nothing; they are shown by falling variance of their latents.
+
+    Args:
+        tokenizers: folders of tokenizer runs. path: the picture's file, `.png` or `.svg`.
+        num_filters: how many of each, at most K.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a tokenizer is convolutional: it has no filters of the patch's size.
+    """
+    names = {"patch_ae": "AE", "patch_vae": "VAE"}
+    rows = []
+    for folder in map(tokenizer_folder, tokenizers):
+        learned = LearnedTokenizer.from_pretrained(folder)
+        if learned.tokenizer not in names:
+            raise ValueError(f"{folder} holds a {learned.tokenizer}, which is not patch-wise and has no such filters.")
+        if not rows:
+            pca = LDAEImageProcessor.from_pretrained(folder.parent / "processor").components
+            rows.append(("PCA", pca[: learned.latent_dim].float(), learned.patch_size))
+        order = learned.buffers["explained_variance"].argsort(descending=True)
+        rows.append((names[learned.tokenizer], learned.buffers["components"][order], learned.patch_size))
+    columns = min(num_filters, min(len(filters) for _, filters, _ in rows))
+    figure = Figure(figsize=(0.62 * columns + 0.5, 0.66 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (name, filters, patch_size) in zip(axes, rows, strict=True):
+        pictures = unpatchify(filters[:columns, None], patch_size, (1, 1))
+        for axis, weights in zip(row, pictures, strict=True):
+            _show(axis, 0.5 + weights / (2 * weights.abs().max()))
+        row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none"}):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..image_processing_ldae import LDAEImageProcessor
 from ..modeling_ldae import LDAEModel
+from ..patch_tokenizers import Tokenizer
 from ..training.data import ImageSource, eval_loader
 from .feature_maps import EncoderFeatures, FeatureMap
 
@@ -39,7 +40,9 @@ def build_floors(
     """
     builders = {
         "pixels": lambda: RawPixels(processor.image_size),
-        "latents": lambda: PCALatents(model, processor),
+        "latents": lambda: TokenizerLatents(
+            model.tokenizer, processor, model.config.tokenizer, model.config.tokenizer_fingerprint
+        ),
         "untrained": lambda: untrained_encoder(model, processor, seed, **encoding),
         "random_patches": lambda: RandomPatches(train_source, processor.image_size, model.config.hidden_size, seed),
     }
@@ -66,16 +69,15 @@ class RawPixels:
         return pixels.flatten(1)
 
 
-class PCALatents:
-    """The clean latents that l-DAE's network starts from, flattened: N·K values."""
+class TokenizerLatents:
+    """The clean latents that the network starts from, flattened: N·K values."""
 
-    name = "PCA latents"
-
-    def __init__(self, model: LDAEModel, processor: LDAEImageProcessor):
-        self.tokenizer, self.processor = model.tokenizer, processor
+    def __init__(self, tokenizer: Tokenizer, processor: LDAEImageProcessor, kind: str, fingerprint: str | None):
+        self.tokenizer, self.processor = tokenizer, processor
+        self.name = "PCA latents" if kind == "patch_pca" else f"{kind} latents"
         self.fingerprint = (
-            f"pca_latents processor={processor.fingerprint} latent_dim={processor.latent_dim} "
-            f"latent_scaling={processor.latent_scaling}"
+            f"{kind}_latents processor={processor.fingerprint} tokenizer={fingerprint} "
+            f"latent_dim={processor.latent_dim} latent_scaling={processor.latent_scaling}"
         )
 
     def __call__(self, pixels: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
@@ -83,14 +85,14 @@ class PCALatents:
 
 
 def untrained_encoder(model: LDAEModel, processor: LDAEImageProcessor, seed: int = 0, **encoding) -> EncoderFeatures:
-    """The encoder as pre-training begins it: same configuration and PCA basis, new weights from the seed.
+    """The encoder as pre-training begins it: same configuration and tokenizer, new weights from the seed.
 
     Its blocks are the identity (adaLN-Zero): it is a random linear map of each patch, with positions, normalised.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = LDAEModel(deepcopy(model.config))
-    untrained.set_processor(processor)
+    untrained.tokenizer = model.tokenizer
     return EncoderFeatures(untrained.to(model.device).eval(), processor, "untrained encoder", seed=seed, **encoding)
 
 

@@ -162,6 +162,7 @@ def evaluate_encoder(
     row = {
         "recipe": recipe and recipe.name,
         "tier": recipe and recipe.tier,
+        "overrides": recipe and recipe.overrides,
         "training": training_file and json.loads(training_file.read_text()),
         "task": task,
         "name": str(encoder) if isinstance(encoder, str | Path) else encoder_map.name,

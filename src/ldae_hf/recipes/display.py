@@ -1,39 +1,99 @@
-"""Recipes as text: the path, one resolved recipe, the difference of two."""
+"""Recipes as text: the tree, the path, one resolved recipe, the difference of two."""
+
+import json
+from itertools import chain, repeat, zip_longest
+from pathlib import Path
+from statistics import mean, stdev
+from textwrap import wrap
 
 import yaml
 
-from .files import SECTIONS, read, recipe_names, tier_names
+from .files import SECTIONS, RecipeError, read, read_sweep, recipe_names, sweep_members, sweep_names, tier_names
 from .loader import load_recipe
 from .recipe import Recipe
 
 
-def tree_text() -> str:
-    """Every recipe under its parent, with the paper's linear probe and what the step changes; then the tiers."""
-    recipes = {name: load_recipe(name) for name in recipe_names()}
-    rows = [("recipe", "paper", "change")]
+END_OF_PATH = "l_dae"
+WIDTH = 140  # of the tree
 
-    def add(name: str, lead: str, branch: str, below: str) -> None:
-        recipe = recipes[name]
-        number = recipe.paper.get("linear_probe_top1", "")
-        if "protocol" in recipe.paper:
-            number = f"{number} *"
-        parent = recipes.get(recipe.parent)
-        rows.append((lead + branch + name, str(number), _changes(parent, recipe) if parent else recipe.why))
-        children = [child for child, other in recipes.items() if other.parent == name]
-        children.sort(key=lambda child: (len(child), child))  # epochs_800 comes before epochs_1600
+
+def tree_text(ledger: Path | None = None) -> str:
+    """The path from top to bottom, what branches off under each step, the paper's numbers beside ours; then the tiers.
+
+    A sweep is one line with its members below; a member that the path goes through stands in the path instead.
+
+    Args:
+        ledger: JSON lines of results (see `path_markdown`); None for no results of ours.
+
+    Raises:
+        RecipeError: a line of the ledger is no result.
+        OSError: the ledger cannot be read.
+    """
+    family = {name: load_recipe(name) for name in recipe_names()}
+    path, ours = family[END_OF_PATH].steps, _results(ledger, family)
+    members = {sweep: [name for name in sweep_members(sweep) if name not in path] for sweep in sweep_names()}
+    sweep_of = {name: sweep for sweep, names in members.items() for name in names}
+    rows = [("recipe", "", "paper", "fid", ["ours"], ["change"])]
+
+    def add(name: str, lead: str, below: str) -> None:
+        if name in members:
+            paper, fid, results, changes, children = "", "", [], [read_sweep(name)["why"]], members[name]
+        else:
+            recipe = family[name]
+            paper, fid, results = _paper_number(recipe), str(recipe.paper.get("fid", "")), ours.get(name, [])
+            changes = _changes(family[recipe.parent], recipe) if recipe.parent else [recipe.why]
+            children = [other for other in family if family[other].parent == name and other not in path]
+            children = list(dict.fromkeys(sweep_of.get(child, child) for child in children))
+        rows.append((lead + name, below + ("│" if children else ""), paper, fid, results, changes))
         for child in children:
             last = child == children[-1]
-            add(child, lead + below, "└─ " if last else "├─ ", "   " if last else "│  ")
+            add(child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "))
 
-    for name, recipe in recipes.items():
-        if recipe.parent is None:
-            add(name, "", "", "")
-    lines = _columns(rows)
-    lines += ["", "paper: ImageNet-1k linear probe, top-1 in %, clean input at timestep 10"]
-    protocols = {recipe.paper["protocol"] for recipe in recipes.values() if "protocol" in recipe.paper}
+    for name in path:
+        add(name, "", "")
+    widths = [max(len(row[column]) for row in rows) for column in (0, 2, 3)]
+    widths.append(max(len(result) for row in rows for result in row[4]))
+    rest = WIDTH - sum(widths) - 2 * len(widths)
+    lines = []
+    for first, below, paper, fid, results, changes in rows:
+        if len(changes) > 1:  # break between changes, not inside one
+            changes = [change.replace(" ", "\u00a0") for change in changes]
+        parts = wrap(", ".join(changes), rest, break_long_words=False, break_on_hyphens=False)
+        cells = chain([(first, paper, fid)], repeat((below, "", "")))
+        for part, result in zip_longest(parts, results, fillvalue=""):
+            cell = (*next(cells), result)
+            columns = [f"{text:<{width}}" for text, width in zip(cell, widths, strict=True)]
+            lines.append("  ".join([*columns, part.replace("\u00a0", " ")]).rstrip())
+    lines += ["", "the path runs down the left edge: each step changes the one above it"]
+    lines += ["paper: ImageNet-1k linear probe, top-1 in %, clean input at timestep 10; fid: of 50,000 samples"]
+    protocols = {recipe.paper["protocol"] for recipe in family.values() if "protocol" in recipe.paper}
     lines += [f"* {protocol}" for protocol in sorted(protocols)]
+    if ledger is not None:
+        lines += [f"ours: {ledger}; linear probe on the images of the tier, mean ± standard deviation (runs)"]
     lines += ["", "tiers, for --tier:"]
     lines += _columns([(f"  {tier}", read(tier, "tier")["why"]) for tier in tier_names()])
+    return "\n".join(lines)
+
+
+def path_markdown(ledger: Path | None = None) -> str:
+    """The steps of the path as a markdown table: what changes, the paper's linear probe, ours.
+
+    Args:
+        ledger: JSON lines, of which those with `task` "linear_probe" count that name a packaged `recipe`, have no
+            `overrides` and were measured as the recipe says (its timestep, clean input); the last line of an encoder
+            counts. Shown per tier: the mean `top1`, ± the standard deviation, in brackets the number of encoders.
+
+    Raises:
+        RecipeError: a line of the ledger is no result.
+        OSError: the ledger cannot be read.
+    """
+    path = [load_recipe(name) for name in load_recipe(END_OF_PATH).steps]
+    ours = _results(ledger, {recipe.name: recipe for recipe in path})
+    lines = ["| step | changes | paper top-1 | ours |", "|---|---|---|---|"]
+    for parent, recipe in zip([None, *path], path, strict=False):
+        changes = ", ".join(f"`{change}`" for change in _changes(parent, recipe)) if parent else recipe.why
+        cells = (f"`{recipe.name}`", changes, _paper_number(recipe), ", ".join(ours.get(recipe.name, [])))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -65,13 +125,46 @@ def diff_text(first: Recipe, second: Recipe) -> str:
     return "\n".join(_columns([("key", first.title, second.title), *rows]))
 
 
-def _changes(parent: Recipe, recipe: Recipe) -> str:
-    return ", ".join(
+def _changes(parent: Recipe, recipe: Recipe) -> list[str]:
+    return [
         f"{key}: {_scalar(getattr(parent, section)[short])} → {_scalar(getattr(recipe, section)[short])}"
         for key, origin in recipe.origins.items()
         if origin == recipe.name
         for section, _, short in [key.partition(".")]
-    )
+    ]
+
+
+def _paper_number(recipe: Recipe) -> str:
+    """The paper's linear probe, with a star where its protocol is another."""
+    number = str(recipe.paper.get("linear_probe_top1", ""))
+    return f"{number} *" if "protocol" in recipe.paper else number
+
+
+def _results(ledger: Path | None, family: dict[str, Recipe]) -> dict[str, list[str]]:
+    """What a ledger says of each recipe in `family`, tier by tier, as `cpu 41.4 ±0.6 (3)`; see `path_markdown`."""
+    measured = {}
+    lines = Path(ledger).read_bytes().splitlines() if ledger is not None else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            recipe = family.get(row.get("recipe"))
+            if row.get("task") != "linear_probe" or recipe is None or row.get("overrides"):
+                continue
+            features = row["protocol"]["features"]
+            if (features["timestep"], features.get("noise", "clean")) == (recipe.model["feature_timestep"], "clean"):
+                encoders = measured.setdefault(recipe.name, {}).setdefault(row["tier"] or "full size", {})
+                encoders[features.get("encoder", number)] = float(row["top1"])
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise RecipeError(f"{ledger}, line {number}: not a result as `ldae probe --ledger` writes it.") from error
+    return {name: [_mean(*item) for item in sorted(tiers.items())] for name, tiers in measured.items()}
+
+
+def _mean(tier: str, encoders: dict[str, float]) -> str:
+    values = list(encoders.values())
+    spread = f" ±{stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{tier} {mean(values):.1f}{spread} ({len(values)})"
 
 
 def _scalar(value) -> str:

@@ -1,7 +1,9 @@
 """The YAML files of recipes and tiers: found by name and read strictly. A key that we do not know is an error."""
 
 import re
+from copy import deepcopy
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -9,7 +11,7 @@ import yaml
 
 FOLDER = Path(__file__).parent
 SECTIONS = ("model", "tokenizer", "data", "train", "eval")
-PAPER_KEYS = ("table", "text", "linear_probe_top1", "fine_tune_top1", "protocol")
+PAPER_KEYS = ("table", "text", "linear_probe_top1", "fine_tune_top1", "fid", "protocol")
 MAX_BYTES = 65_536  # no recipe comes near
 
 
@@ -18,13 +20,39 @@ class RecipeError(ValueError):
 
 
 def recipe_names() -> list[str]:
-    """The packaged recipes."""
-    return list(_packaged("recipe"))
+    """The packaged recipes, the members of sweeps among them."""
+    return list(_packaged("recipe", FOLDER)[0])
+
+
+def sweep_names() -> list[str]:
+    """The packaged sweeps: curves, of which each point is a recipe."""
+    return list(_packaged("recipe", FOLDER)[1])
+
+
+def sweep_members(name: str) -> list[str]:
+    """The recipes of a sweep, in the order of its file.
+
+    Raises:
+        RecipeError: no sweep has this name.
+    """
+    return [f"{name}_{label}" for label in read_sweep(name)["sweep"]]
+
+
+def read_sweep(name: str) -> dict:
+    """The keys of a sweep's file: `parent`, `why`, `paper` and `sweep`, with its `name` and `file`.
+
+    Raises:
+        RecipeError: no sweep has this name.
+    """
+    sweeps = _packaged("recipe", FOLDER)[1]
+    if name not in sweeps:
+        raise RecipeError(f"sweep {name!r} is unknown{nearest(name, sweeps)}")
+    return deepcopy(sweeps[name])
 
 
 def tier_names() -> list[str]:
     """The packaged tiers."""
-    return list(_packaged("tier"))
+    return [file.stem for file in _files("tier", FOLDER)]
 
 
 def nearest(name, names) -> str:
@@ -36,7 +64,7 @@ def nearest(name, names) -> str:
 
 
 def read(name: str, kind: str, asked_by: Path | None = None) -> dict:
-    """Reads one file.
+    """What a recipe or tier says.
 
     Args:
         name: a packaged recipe or tier, or the path of the user's own `.yaml` file.
@@ -44,21 +72,45 @@ def read(name: str, kind: str, asked_by: Path | None = None) -> dict:
         asked_by: the file whose parent this is; a parent is a packaged recipe, never a path.
 
     Returns:
-        The file's keys, `parent`, `paper` and `change` filled in where absent, with its `name` and `file`.
+        The file's keys, `parent`, `paper` and `change` filled in where absent, with its `name` and `file`. Of a sweep's
+        member, the sweep's `parent`, `why` and `file`, its own `change`, and the `paper` keys of both.
 
     Raises:
-        RecipeError: no such file, not YAML, or keys that do not belong there.
+        RecipeError: no such file, not YAML, keys that do not belong there, or the name of a sweep.
     """
-    packaged = _packaged(kind)
+    packaged, sweeps = _packaged(kind, FOLDER)
     if name in packaged:  # a name is looked up, never joined to a path
-        file = packaged[name]
-    elif str(name).endswith((".yaml", ".yml")) and asked_by is None:
-        file = Path(name)
-        if file.stem in packaged:
-            raise RecipeError(f"{file}: a packaged {kind} is called {file.stem!r}; give your file another name.")
-    else:
-        where = f"{asked_by}: parent" if asked_by else kind
-        raise RecipeError(f"{where} {name!r} is unknown{nearest(name, packaged)}")
+        return deepcopy(packaged[name])
+    where = f"{asked_by}: parent" if asked_by else kind
+    if name in sweeps:
+        raise RecipeError(f"{where} {name!r} is a sweep; choose one of its members, {', '.join(sweep_members(name))}.")
+    if asked_by or not str(name).endswith((".yaml", ".yml")):
+        raise RecipeError(f"{where} {name!r} is unknown{nearest(name, [*packaged, *sweeps])}")
+    file = Path(name)
+    if file.stem in packaged or file.stem in sweeps:
+        raise RecipeError(f"{file}: a packaged {kind} is called {file.stem!r}; give your file another name.")
+    return _read_file(file, kind, own=True)
+
+
+@cache  # the packaged files do not change while a program runs
+def _packaged(kind: str, folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The packaged recipes or tiers by name, and the sweeps by name; not to be changed by the caller."""
+    recipes, sweeps, taken = {}, {}, {}
+    for file in _files(kind, folder):
+        content = _read_file(file, kind)
+        members = {member["name"]: member for member in _members(content)} if "sweep" in content else {}
+        for name in (file.stem, *members):
+            if name in taken:
+                raise RecipeError(f"{file}: the name {name!r} is taken by {taken[name]}; choose another.")
+            taken[name] = file
+        recipes |= members or {file.stem: content}
+        if members:
+            sweeps[file.stem] = content
+    return recipes, sweeps
+
+
+def _read_file(file: Path, kind: str, own: bool = False) -> dict:
+    """One file, checked; `own` is the user's, which is neither the root nor a sweep."""
     try:
         content = file.read_bytes()
     except (OSError, ValueError) as error:  # a NUL in a path is a ValueError
@@ -68,28 +120,49 @@ def read(name: str, kind: str, asked_by: Path | None = None) -> dict:
     content = parse(content, file)
     if not isinstance(content, dict):
         raise RecipeError(f"{file}: a {kind} is a mapping of keys to values.")
-
-    optional = {"paper": dict} if kind == "recipe" else {}
     if kind == "tier":
         needed = {"why": str, "change": dict}
-    elif file in packaged.values() and "parent" not in content:  # the root
+    elif own and "sweep" in content:
+        raise RecipeError(f"{file}: a sweep's members could not be named; write one file with a `change` for each.")
+    elif not own and "parent" not in content:
         needed = {"why": str, **dict.fromkeys(SECTIONS, dict)}
     else:
-        needed = {"parent": str, "why": str, "change": dict}
+        needed = {"parent": str, "why": str, "sweep" if "sweep" in content else "change": dict}
+    _check(content, file, needed, {"paper": dict} if kind == "recipe" else {})
+    return {"parent": None, "paper": {}, "change": {}, **content, "name": file.stem, "file": file}
+
+
+def _members(sweep: dict) -> list[dict]:
+    """The recipes of a sweep's file, checked."""
+    members = []
+    for label, member in sweep["sweep"].items():
+        where = f"{sweep['file']}: sweep.{label}"
+        if not re.fullmatch("[a-z0-9.]+", str(label)):
+            raise RecipeError(f"{where} must be a plain word or number, of a-z, 0-9 and the point.")
+        if not isinstance(member, dict):
+            raise RecipeError(f"{where} must be a mapping with change and paper, not {member!r}.")
+        _check(member, where, {"change": dict}, {"paper": dict})
+        paper = sweep["paper"] | member.get("paper", {})
+        shared = {key: sweep[key] for key in ("parent", "why", "file")}
+        members.append({**shared, "name": f"{sweep['name']}_{label}", "paper": paper, "change": member["change"]})
+    return members
+
+
+def _check(content: dict, where, needed: dict[str, type], optional: dict[str, type]) -> None:
+    """Raises RecipeError unless the keys are these, of these types, not empty."""
     for key, value in content.items():
         expected = {**needed, **optional}.get(key)
         if expected is None:
-            raise RecipeError(f"{file}: key {key!r} is unknown{nearest(key, [*needed, *optional])}")
+            raise RecipeError(f"{where}: key {key!r} is unknown{nearest(key, [*needed, *optional])}")
         if not isinstance(value, expected) or not value:
-            raise RecipeError(f"{file}: {key} must be a {'text' if expected is str else 'mapping'}, not {value!r}.")
+            raise RecipeError(f"{where}: {key} must be a {'text' if expected is str else 'mapping'}, not {value!r}.")
     if missing := [key for key in needed if key not in content]:
-        raise RecipeError(f"{file}: {', '.join(missing)} missing.")
+        raise RecipeError(f"{where}: {', '.join(missing)} missing.")
     for key, value in content.get("paper", {}).items():
         if key not in PAPER_KEYS:
-            raise RecipeError(f"{file}: paper.{key} is unknown{nearest(key, PAPER_KEYS)}")
+            raise RecipeError(f"{where}: paper.{key} is unknown{nearest(key, PAPER_KEYS)}")
         if type(value) not in (int, float, str):
-            raise RecipeError(f"{file}: paper.{key} must be a number or a text, not {value!r}.")
-    return {"parent": None, "paper": {}, "change": {}, **content, "name": file.stem, "file": file}
+            raise RecipeError(f"{where}: paper.{key} must be a number or a text, not {value!r}.")
 
 
 def parse(text: str | bytes, where):
@@ -123,7 +196,6 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _packaged(kind: str) -> dict[str, Path]:
-    tiers = FOLDER / "tiers"
-    files = [file for file in sorted(FOLDER.rglob("*.yaml")) if (tiers in file.parents) == (kind == "tier")]
-    return {file.stem: file for file in files}
+def _files(kind: str, folder: Path) -> list[Path]:
+    tiers = folder / "tiers"
+    return [file for file in sorted(folder.rglob("*.yaml")) if (tiers in file.parents) == (kind == "tier")]

@@ -1,6 +1,7 @@
 """From a recipe's name to every value of a run.
 
-One recipe, the root, is complete. Every other names its `parent` and the values that it changes; a tier is an overlay
+One recipe, the root, is complete. Every other names its `parent` and the values that it changes; a sweep is a file of
+several such recipes, the points of one curve; a tier is an overlay
 that translates values for a smaller image set and machine; overrides come from the command line. Only YAML is read
 here: nothing is built, and neither torch nor transformers is imported.
 """
@@ -13,14 +14,33 @@ from .recipe import Recipe
 
 # Keys that may be null, with their types when they are not. Every other key keeps the type that it has in the root.
 NULLABLE = {
+    "model.num_classes": (int,),
     "model.conditioning_hidden_size": (int, str),
     "model.feature_timestep": (int,),
+    "tokenizer.pretrained": (str,),
+    "tokenizer.perceptual_loss": (str,),
     "train.max_grad_norm": (float,),
     "train.ema_half_life_epochs": (float,),
 }
 # What the other sections accept. The model section is for LDAEConfig to judge.
 RULES = {
     "tokenizer.fit_patches": (lambda v: v >= 1, "at least 1"),
+    "tokenizer.pretrained": (lambda v: v != "", "null (trained here), or a folder or name on the Hub"),
+    "tokenizer.stride": (lambda v: v >= 2 and v & (v - 1) == 0, "a power of two, 2 or more"),
+    "tokenizer.base_width": (lambda v: v >= 1 and v & (v - 1) == 0, "a power of two"),  # groups of channels divide it
+    "tokenizer.residual_blocks": (lambda v: v >= 1, "at least 1"),
+    "tokenizer.reconstruction_loss": (lambda v: v in ("l1", "squared"), "l1 or squared"),
+    "tokenizer.kl_weight": (lambda v: v >= 0, "0 or more"),
+    "tokenizer.perceptual_loss": (
+        lambda v: v in (None, "lpips", "labels", "random_labels"),
+        "lpips, labels, random_labels or null",
+    ),
+    "tokenizer.adversarial_weight": (lambda v: v >= 0, "0 (no discriminator) or more"),
+    "tokenizer.adversarial_start_epochs": (lambda v: v >= 0, "0 or more"),
+    "tokenizer.epochs": (lambda v: v >= 1, "at least 1"),
+    "tokenizer.global_batch_size": (lambda v: v >= 1, "at least 1"),
+    "tokenizer.learning_rate": (lambda v: v > 0, "above 0"),
+    "tokenizer.betas": (lambda v: all(0 <= beta < 1 for beta in v), "two numbers, each 0 or more and below 1"),
     "data.crop": (lambda v: v in ("centre", "random_resized"), "centre or random_resized"),
     "data.crop_scale": (lambda v: 0 < v[0] <= v[1] <= 1, "two shares of the image's area, 0 < smaller <= larger <= 1"),
     "train.epochs": (lambda v: v >= 1, "at least 1"),
@@ -52,8 +72,13 @@ def load_recipe(name: str, tier: str | None = None, overrides: tuple[str, ...] |
     for step in children:
         file, change = step["file"], step["change"]
         new = {key: _typed(key, value, values, file) for key, value in change.items()}
-        if len(sections := sorted({key.partition(".")[0] for key in change})) > 1:
-            raise RecipeError(f"{file}: change touches {' and '.join(sections)}; a step changes one section.")
+        sections = sorted({key.partition(".")[0] for key in change})
+        # Another tokenizer is trained in another way: that is one step.
+        if len(sections) > 1 and not ("model.tokenizer" in change and sections == ["model", "tokenizer"]):
+            raise RecipeError(
+                f"{file}: change touches {' and '.join(sections)}; a step changes one section, or model and tokenizer "
+                "where it changes model.tokenizer."
+            )
         for key, value in new.items():
             if value == values[key]:
                 raise RecipeError(f"{file}: {key} is already {value!r} in parent {step['parent']}; leave it out.")

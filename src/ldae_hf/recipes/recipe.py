@@ -39,7 +39,8 @@ class Recipe:
         """The `LDAEConfig` of the model section, with the widths and depths of its size.
 
         Raises:
-            RecipeError: an unknown size, or values that LDAEConfig refuses.
+            RecipeError: an unknown size, values that LDAEConfig refuses, or a tokenizer section that is for another
+                tokenizer than the model's.
         """
         from huggingface_hub.errors import StrictDataclassError
 
@@ -50,10 +51,43 @@ class Recipe:
         if size not in SIZES:
             raise RecipeError(f"{self.title}: model.size {size!r} is unknown{nearest(size, SIZES)}")
         try:
-            return LDAEConfig(**SIZES[size], **keys)
+            config = LDAEConfig(**SIZES[size], **keys)
         except (ValueError, StrictDataclassError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise RecipeError(f"{self.title}: the model section is not a model: {reason}") from error
+        self._check_tokenizer(config)
+        return config
+
+    def _check_tokenizer(self, config) -> None:
+        """Raises RecipeError unless the tokenizer section is one for the model's tokenizer."""
+        from ldae_hf.configuration_ldae import CONVOLUTIONAL_TOKENIZERS
+
+        # A recipe that was saved before there were learned tokenizers has none of these keys.
+        unused = {"pretrained": None, "perceptual_loss": None, "adversarial_weight": 0.0}
+        used = [f"tokenizer.{key}" for key, value in unused.items() if self.tokenizer.get(key, value) != value]
+        name = config.tokenizer
+        if name == "vqgan" and not used:
+            raise RecipeError(
+                f"{self.title}: model.tokenizer 'vqgan' without pretrained weights, perceptual and adversarial loss is "
+                "'conv_vae'; call it that, or set one of them in the tokenizer section."
+            )
+        if name != "vqgan" and used:
+            raise RecipeError(
+                f"{self.title}: model.tokenizer {name!r} has no use for {', '.join(used)}, only 'vqgan' has; set null "
+                "there, 0.0 for the weight."
+            )
+        if name in CONVOLUTIONAL_TOKENIZERS:
+            stride = self.tokenizer["stride"]
+            if config.patch_size % stride:
+                raise RecipeError(
+                    f"{self.title}: model.patch_size {config.patch_size} is not a multiple of tokenizer.stride "
+                    f"{stride}, the side of a latent's square of pixels."
+                )
+            if config.latent_dim % (places := (config.patch_size // stride) ** 2):
+                raise RecipeError(
+                    f"{self.title}: model.latent_dim {config.latent_dim} is not a multiple of the {places} latent "
+                    f"places of a patch, (model.patch_size {config.patch_size} / tokenizer.stride {stride})²."
+                )
 
     def to_dict(self) -> dict:
         """The fields as plain values, a copy."""

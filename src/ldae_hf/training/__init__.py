@@ -2,7 +2,9 @@
 
 from .checkpointing import checkpoints
 from .data import eval_loader, load_images
-from .pretrain import Evaluation, RunError, pretrain
+from .loop import RunError
+from .pretrain import Evaluation, pretrain
+from .tokenizers import train_tokenizer
 
 
-__all__ = ["Evaluation", "RunError", "checkpoints", "eval_loader", "load_images", "pretrain"]
+__all__ = ["Evaluation", "RunError", "checkpoints", "eval_loader", "load_images", "pretrain", "train_tokenizer"]

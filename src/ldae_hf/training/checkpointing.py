@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -133,6 +134,17 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Makes `folder/step-<step>` by calling `write` and then removes all but the newest `keep`."""
+    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote or removed
+        shutil.rmtree(leftover)
+    target = folder / f"step-{step:08d}"
+    write_folder(target, write)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # first out of sight, in one move
+    return target
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -161,13 +173,7 @@ def save_checkpoint(
             save_file(ema.average, path / EMA)
         (path / STATE).write_text(json.dumps(state, indent=2))
 
-    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote or removed
-        shutil.rmtree(leftover)
-    target = folder / f"step-{step:08d}"
-    write_folder(target, write)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # first out of sight, in one move
-    return target
+    return write_checkpoint(folder, step, write, keep)
 
 
 def load_checkpoint(
@@ -190,14 +196,55 @@ def load_checkpoint(
         raise CheckpointError(f"{folder} does not fit this run: {textwrap.shorten(str(error), 300)}") from error
 
 
-def optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def save_parts(
+    folder: Path,
+    step: int,
+    parts: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+    state: dict,
+    extras: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """As `save_checkpoint`, for several modules that are trained together, each with its optimizer, by name."""
+
+    def write(path: Path) -> None:
+        extras(path)
+        (path / STATE).parent.mkdir()
+        for name, (module, optimizer) in parts.items():
+            weights = {key: value.contiguous() for key, value in module.state_dict().items()}
+            save_file(weights, path / f"{name}.safetensors")
+            save_file(optimizer_tensors(module, optimizer), path / f"training/{name}_optimizer.safetensors")
+        save_file(rng_tensors(), path / RNG)
+        (path / STATE).write_text(json.dumps(state, indent=2))
+
+    return write_checkpoint(folder, step, write, keep)
+
+
+def load_parts(folder: Path, parts: dict[str, tuple[nn.Module, torch.optim.Optimizer]]) -> dict:
+    """The inverse of `save_parts`; returns the state.
+
+    Raises:
+        CheckpointError: damaged, or made by other modules.
+    """
+    files = [(f"{name}.safetensors", f"training/{name}_optimizer.safetensors") for name in parts]
+    check_folder(folder, (RNG, STATE, *(file for pair in files for file in pair)))
+    try:
+        for (weights, moments), (module, optimizer) in zip(files, parts.values(), strict=True):
+            module.load_state_dict(load_file(folder / weights))
+            load_optimizer(module, optimizer, load_file(folder / moments))
+        load_rng(load_file(folder / RNG))
+        return json.loads((folder / STATE).read_text())
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} does not fit this run: {textwrap.shorten(str(error), 300)}") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state as `<parameter name>.<step | exp_avg | exp_avg_sq>`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = optimizer.state
     return {f"{names[p]}.{key}": value.contiguous() for p, slot in state.items() for key, value in slot.items()}
 
 
-def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = optimizer.state_dict()["param_groups"]  # the same parameters as numbers

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .sampling import Corruption, Crop, GlobalBatchSampler, SampleMaker, collate, micro_batches_per_step
+from .sampling import (
+    Corruption,
+    Crop,
+    GlobalBatchSampler,
+    LabelDropout,
+    SampleMaker,
+    collate,
+    micro_batches_per_step,
+)
 from .sources import BadImageError, ImageSource, load_images
 from .streaming import OrderedStream, StreamingLoader
 
@@ -27,6 +35,18 @@ class _Samples(Dataset):
         epoch, index = key
         image, label, bad_images = self.source.read_or_replace(index)
         return self.make(image, label, epoch, index) | {"bad_images": bad_images}
+
+
+class _CachedSamples(Dataset):
+    """As `_Samples`, with `tokens` (N,K) out of a [`TokenCache`] in place of pixels."""
+
+    def __init__(self, cache: Dataset, make: SampleMaker):
+        self.cache, self.make = cache, make
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        tokens, label = self.cache[index]
+        return {"tokens": tokens} | self.make.draws(label, epoch, index) | {"bad_images": []}
 
 
 class _InOrder(Sampler[tuple[int, int]]):
@@ -61,6 +81,8 @@ def train_loader(
     num_workers: int = 0,
     shuffle_buffer: int = 1000,
     state: dict | None = None,
+    label_dropout: float | None = None,
+    cached_tokens: Dataset | None = None,
 ) -> DataLoader | StreamingLoader:
     """Micro-batches of one process for the global steps `start_step` ... `num_steps` - 1, across epochs.
 
@@ -78,13 +100,17 @@ def train_loader(
         seed: of order, crops, timesteps and noise.
         num_workers: processes that decode images; 0 decodes in this one, but a stream always has a worker.
         shuffle_buffer: rows that a stream shuffles together.
+        label_dropout: share of the labels to drop; batches then hold `dropped_labels` (B,) bool.
+        cached_tokens: a [`TokenCache`] of these images; batches then hold `tokens` (B,N,K) in place of pixels.
 
     Raises:
         ValueError: an argument is out of range, the data set is smaller than a global batch, the global batch does not
             divide evenly, or the state does not fit.
     """
     make = SampleMaker(
-        Crop(image_size, crop, tuple(crop_scale), flip, seed), Corruption(num_timesteps, tuple(tokens_shape), seed)
+        Crop(image_size, crop, tuple(crop_scale), flip, seed),
+        Corruption(num_timesteps, tuple(tokens_shape), seed),
+        None if label_dropout is None else LabelDropout(label_dropout, seed),
     )
     pin_memory = torch.cuda.is_available()
     if not source.streaming:
@@ -99,7 +125,7 @@ def train_loader(
             world_size=world_size,
         )
         return DataLoader(
-            _Samples(source, make),
+            _Samples(source, make) if cached_tokens is None else _CachedSamples(cached_tokens, make),
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=collate,

@@ -39,25 +39,27 @@ class MetricsLog:
         self._reset()
 
     def _reset(self) -> None:
-        self.loss, self.norm, self.waited, self.seconds, self.images, self.steps = 0.0, 0.0, 0.0, 0.0, 0, 0
+        self.sums, self.waited, self.seconds, self.images, self.steps = {}, 0.0, 0.0, 0, 0
         self.bad = []
 
     def bad_images(self, rows: list[dict]) -> None:
         """Images that could not be read, as the data loader describes them."""
         self.bad += rows
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, waited: float, seconds: float, images: int) -> None:
-        """One optimizer step: loss and gradient norm stay on the device until the next report."""
-        self.loss, self.norm = self.loss + loss, self.norm + norm
+    def add(self, numbers: dict[str, torch.Tensor], waited: float, seconds: float, images: int) -> None:
+        """One optimizer step: its numbers stay on the device until the next report."""
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in numbers.items()}
         self.waited, self.seconds = self.waited + waited, self.seconds + seconds
         self.images, self.steps = self.images + images, self.steps + 1
 
     def summary(self, step: int, **facts) -> dict:
-        """Means since the last report, over all processes: loss, gradient norm, images/s and the share of the time that
+        """Means since the last report, over all processes: the steps' numbers, images/s and the share of the time that
         was spent waiting for data. All processes call it."""
         began = time.monotonic()
-        loss = self.accelerator.reduce(torch.as_tensor(self.loss), "mean").item() / self.steps
-        norm = torch.as_tensor(self.norm).item() / self.steps
+        means = {
+            name: self.accelerator.reduce(torch.as_tensor(value), "mean").item() / self.steps
+            for name, value in self.sums.items()
+        }
         self.seconds += time.monotonic() - began  # only here does the host wait until the device is done
         self.total_images += self.images
         self.total_seconds += self.seconds
@@ -68,8 +70,7 @@ class MetricsLog:
         line = {
             "step": step,
             **facts,
-            "loss": loss,
-            "gradient_norm": norm,
+            **means,
             "images_per_second": self.images / self.seconds,
             "data_wait": self.waited / self.seconds,
             "bad_images": len(self.seen_bad),

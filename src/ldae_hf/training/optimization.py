@@ -19,7 +19,7 @@ class Plan:
     Attributes:
         num_images: images of an epoch. steps_per_epoch: whole global batches in it; the remainder is dropped.
         total_steps, warmup_steps: optimizer steps.
-        learning_rate: the peak, base_learning_rate · global batch / 256.
+        learning_rate: the peak, base_learning_rate · global batch / 256; a tokenizer's is given as it is.
         global_batch_size = num_processes · accumulation · per_device_batch_size.
         ema_decay: per step, from the recipe's half-life in epochs; None for no EMA.
     """
@@ -36,10 +36,18 @@ class Plan:
     ema_decay: float | None
 
     @classmethod
-    def derive(cls, recipe: Recipe, num_images: int, num_processes: int, per_device_batch_size: int | None) -> "Plan":
+    def derive(
+        cls,
+        recipe: Recipe,
+        num_images: int,
+        num_processes: int,
+        per_device_batch_size: int | None,
+        section: str = "train",
+    ) -> "Plan":
         """Resolves a recipe.
 
         Args:
+            section: `"train"`, or `"tokenizer"` for the training of its tokenizer, which has no warm-up and no EMA.
             per_device_batch_size: images of one forward pass; default the largest that divides the global batch's
                 share of one process and is at most 256.
 
@@ -47,12 +55,12 @@ class Plan:
             ValueError: the global batch does not split over the processes and the per-device batches, or the data set
                 is smaller than one global batch.
         """
-        train = recipe.train
+        train = {"warmup_epochs": 0.0, "ema_half_life_epochs": None} | getattr(recipe, section)
         batch = train["global_batch_size"]
         if num_images < batch:
             raise ValueError(
                 f"{recipe.title} needs {batch} images for one step but the data set has {num_images}; "
-                "use a larger data set or --set train.global_batch_size=…"
+                f"use a larger data set or --set {section}.global_batch_size=…"
             )
         if batch % num_processes:
             raise ValueError(f"A global batch of {batch} does not split over {num_processes} processes.")
@@ -66,12 +74,13 @@ class Plan:
             )
         steps_per_epoch = num_images // batch
         half_life = train["ema_half_life_epochs"]
+        learning_rate = train["base_learning_rate"] * batch / 256 if section == "train" else train["learning_rate"]
         return cls(
             num_images=num_images,
             steps_per_epoch=steps_per_epoch,
             total_steps=steps_per_epoch * train["epochs"],
             warmup_steps=round(steps_per_epoch * train["warmup_epochs"]),
-            learning_rate=train["base_learning_rate"] * batch / 256,
+            learning_rate=learning_rate,
             global_batch_size=batch,
             num_processes=num_processes,
             per_device_batch_size=per_device_batch_size,
@@ -97,12 +106,12 @@ class Plan:
         ]
 
 
-def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW as the recipe says; weight decay (0 in the paper) on matrices only."""
+def adamw(model: nn.Module, betas: list[float], weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW; weight decay (0 in the paper) on matrices only. The learning rate is set before each step."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=recipe.train["weight_decay"]), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(recipe.train["betas"]), fused=True)
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=tuple(betas), fused=True)
 
 
 class ExponentialMovingAverage:
@@ -158,5 +167,6 @@ def training_flops_per_image(config: LDAEConfig) -> float:
     attention = 2 * tokens * width  # Q Kᵀ and the weighted sum
     blocks = (config.num_hidden_layers + config.decoder_num_hidden_layers) * (linear + attention)
     ends = width * (config.patch_dim if config.input_space == "pixel" else config.latent_dim)
-    ends += width * (config.latent_dim if config.prediction_target == "latent" else config.patch_dim)
+    answers_in_latents = config.input_space == "latent" or config.prediction_target == "latent"
+    ends += width * (config.latent_dim if answers_in_latents else config.patch_dim)
     return 3 * 2 * tokens * (blocks + ends)

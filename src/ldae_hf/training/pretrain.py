@@ -6,18 +6,15 @@ goes on where the last checkpoint stands.
 """
 
 import json
-import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
-from tqdm import tqdm
+from accelerate.utils import gather_object
 from transformers import AutoModelForPreTraining
 
 from ..image_processing_ldae import LDAEImageProcessor
@@ -34,17 +31,18 @@ from .checkpointing import (
 )
 from .data import load_images, train_loader
 from .fit_pca import fit_processor
+from .loop import Loop, RunError, Step
 from .metrics_log import MetricsLog
 from .optimization import ExponentialMovingAverage, Plan, adamw, training_flops_per_image
+from .run_folder import check_options, check_same_run, identity, make_accelerator
+from .sources import ImageSource
+from .token_cache import cache_tokens
+from .tokenizers import tokenizer_for_run
 
 
 # Called with the unwrapped model (in eval mode, with the EMA's weights if there is one) and the processor; returns
 # numbers for the log.
 Evaluation = Callable[[LDAEForPreTraining, LDAEImageProcessor], dict[str, float]]
-
-
-class RunError(ValueError):
-    """A run that cannot start or go on; the message says why and what to do."""
 
 
 def pretrain(
@@ -59,6 +57,9 @@ def pretrain(
     image_column: str | None = None,
     label_column: str | None = None,
     processor: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    perceptual_weights: str | Path | None = None,
+    cache_latents: bool = False,
     seed: int = 0,
     per_device_batch_size: int | None = None,
     num_workers: int = 2,
@@ -77,9 +78,9 @@ def pretrain(
 ) -> Path | None:
     """Pre-trains l-DAE, or goes on with a run that stands in `output_dir`.
 
-    Writes into `output_dir`: `run.json`, `processor/`, `checkpoints/step-…/`, `metrics.jsonl`, `bad_images.jsonl` (if
-    there are any) and at the end `encoder/`, which `AutoModel.from_pretrained` loads; of an EMA's weights, if there is
-    one. Weights are kept in torch's default dtype.
+    Writes into `output_dir`: `run.json`, `processor/`, `tokenizer/` (if it is a learned one), `checkpoints/step-…/`,
+    `metrics.jsonl`, `bad_images.jsonl` (if there are any) and at the end `encoder/`, which `AutoModel.from_pretrained`
+    loads; of an EMA's weights, if there is one. Weights are kept in torch's default dtype.
 
     Args:
         recipe, tier, overrides: as in [`load_recipe`].
@@ -90,6 +91,10 @@ def pretrain(
         image_column, label_column: names of the columns, detected if not given.
         processor: a folder with a fitted processor of the same image size, patch and latents; by default one is fitted
             to the training crops.
+        tokenizer: a folder that [`train_tokenizer`] wrote, for a recipe with a learned tokenizer; by default it is
+            trained first, in `output_dir`. Its processor is used if no other is given.
+        perceptual_weights: as in [`train_tokenizer`].
+        cache_latents: encode every image once and train on what is kept; for latent targets and centre crops.
         seed: of initialisation, order, crops, timesteps and noise.
         per_device_batch_size: images of one forward pass; the rest of the global batch is accumulated.
         num_workers: processes that decode images.
@@ -142,6 +147,7 @@ def pretrain(
         label_column=label_column,
         num_images=num_images,
     )
+    check_labels(config.num_classes, source)
     plan = Plan.derive(recipe, len(source), accelerator.num_processes, per_device_batch_size)
     run |= {"num_images": plan.num_images, "streaming": source.streaming}
     check_same_run(output_dir, run)
@@ -158,7 +164,19 @@ def pretrain(
         seed=seed,
         num_workers=num_workers,
     )
+    if processor is None and tokenizer is not None and (Path(tokenizer) / "processor").is_dir():
+        processor = Path(tokenizer) / "processor"
     processor = fit_processor(output_dir / "processor", processor, config, source, recipe, accelerator, loading)
+    training = dict(
+        dataset=dataset,
+        image_column=image_column,
+        label_column=label_column,
+        perceptual_weights=perceptual_weights,
+        seed=seed,
+        num_workers=num_workers,
+        mixed_precision=mixed_precision,
+    )
+    learned = tokenizer_for_run(output_dir, tokenizer, recipe, config, source, accelerator, training)
     torch.manual_seed(seed)
     if attn_implementation is None:
         slow_backward = accelerator.device.type == "cpu" and mixed_precision == "bf16"
@@ -166,9 +184,11 @@ def pretrain(
     model = AutoModelForPreTraining.from_config(config, attn_implementation=attn_implementation)
     model.to(accelerator.device, torch.get_default_dtype()).train()
     model.set_processor(processor)
+    if learned is not None:
+        model.set_tokenizer(learned)
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
-    optimizer = adamw(model, recipe)
+    optimizer = adamw(model, recipe.train["betas"], recipe.train["weight_decay"])
     ema = None if plan.ema_decay is None else ExponentialMovingAverage(model, plan.ema_decay)
 
     # ---- resume: the newest checkpoint, if there is one
@@ -176,6 +196,12 @@ def pretrain(
     found = checkpoints(folder)
     resumed = load_checkpoint(found[-1], model, optimizer, ema) if found else {"step": 0}
     step = resumed["step"]
+    cached = None
+    if cache_latents:
+        cached = cache_tokens(output_dir / "latents", model, processor, source, accelerator, loading)
+    labelled = config.num_classes is not None
+    input_names = ["pixel_values" if cached is None else "tokens", "timesteps", "noise"]
+    input_names += ["labels", "dropped_labels"] if labelled else []
     loader = train_loader(
         source,
         num_timesteps=config.num_noise_levels,
@@ -187,9 +213,12 @@ def pretrain(
         start_step=step,
         num_steps=plan.total_steps,
         state=stream_position(resumed, accelerator),
+        label_dropout=config.class_dropout_prob if labelled else None,
+        cached_tokens=cached,
         **loading,
     )
     log = MetricsLog(output_dir, accelerator, resume_at=step, settings=identity(run))
+    log.bad_images(cached.bad_images if cached is not None and accelerator.is_main_process else [])
     accelerator.print("\n".join([f"{recipe.title}: {recipe.why}", *plan.lines()]))
     if step:
         accelerator.print(f"resuming at step {step:,} from {found[-1]}")
@@ -197,97 +226,80 @@ def pretrain(
         model.compile()  # inside DDP: accumulation and activation checkpointing then compile as they do without it
     wrapped = accelerator.prepare(model)
 
-    def add_what_belongs_to_it(path: Path) -> None:
+    def add_what_belongs_to_it(path: Path, step: int) -> None:
         processor.save_pretrained(path)
+        if learned is not None:
+            learned.save_pretrained(path / "tokenizer")
         recipe.save(path)
         training = {"seed": seed, "steps": step, "images_seen": step * plan.global_batch_size}
         write_text(path / "training.json", json.dumps(training, indent=2))
 
-    def evaluate() -> None:
+    def evaluate(step: int) -> None:
         model.eval()
         with ema.in_place_of_parameters(model) if ema is not None else nullcontext():
             for evaluation in evaluations:
                 log.write_evaluation(step, evaluation(model, processor))
         model.train()
 
-    def save() -> None:
+    def save(step: int) -> None:
         images_seen = step * plan.global_batch_size
         state = {"step": step, "seed": seed, "recipe": recipe.title, "images_seen": images_seen}
         if source.streaming:
             state["stream"] = gather_object([loader.state_dict()])  # one of each process
         if accelerator.is_main_process:
-            save_checkpoint(folder, step, model, optimizer, ema, state, add_what_belongs_to_it, keep_checkpoints)
+            extras = partial(add_what_belongs_to_it, step=step)
+            save_checkpoint(folder, step, model, optimizer, ema, state, extras, keep_checkpoints)
 
-    last_step = plan.total_steps if max_steps is None else min(max_steps, plan.total_steps)
-    checkpoint_every = checkpoint_every or plan.steps_per_epoch
-    evaluate_every = evaluate_every or plan.steps_per_epoch
-    batches, stops = iter(loader), step >= last_step
-    bar = tqdm(
-        total=plan.total_steps * plan.global_batch_size,
-        initial=step * plan.global_batch_size,
-        unit=" images",
-        unit_scale=True,
-        desc=recipe.name,
-        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file would get ten lines a second
-        disable=not accelerator.is_main_process,
+    batches = iter(loader)
+
+    def take_step(step: int) -> Step:
+        """The gradient of one global batch, in parts, then AdamW."""
+        waited, loss = 0.0, 0.0
+        for part in range(plan.accumulation):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            log.bad_images(batch["bad_images"])
+            inputs = {name: batch[name].to(accelerator.device, non_blocking=True) for name in input_names}
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = processor.normalize_pixels(inputs["pixel_values"])
+            # Processes exchange gradients in the last part only.
+            is_last = part == plan.accumulation - 1
+            with nullcontext() if is_last else accelerator.no_sync(wrapped):
+                output = wrapped(**inputs)
+                accelerator.backward(output.loss / plan.accumulation)
+            loss = loss + output.loss.detach() / plan.accumulation
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate_at(step)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        if recipe.train["max_grad_norm"] is not None:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.train["max_grad_norm"], norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(model)
+        return Step({"loss": loss, "gradient_norm": norm}, waited)
+
+    loop = Loop(
+        name=recipe.name,
+        folder=folder,
+        plan=plan,
+        accelerator=accelerator,
+        log=log,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        evaluate_every=evaluate_every,
+        max_steps=max_steps,
+        max_minutes=max_minutes,
+        started=started,
     )
-    with bar:
-        while not stops:
-            # ---- step: the gradient of one global batch, in parts, then AdamW
-            began, waited, loss = time.monotonic(), 0.0, 0.0
-            for part in range(plan.accumulation):
-                asked = time.monotonic()
-                batch = next(batches)
-                waited += time.monotonic() - asked
-                log.bad_images(batch["bad_images"])
-                pixels, timesteps, noise = (
-                    batch[name].to(accelerator.device, non_blocking=True)
-                    for name in ("pixel_values", "timesteps", "noise")
-                )
-                # Processes exchange gradients in the last part only.
-                is_last = part == plan.accumulation - 1
-                with nullcontext() if is_last else accelerator.no_sync(wrapped):
-                    output = wrapped(processor.normalize_pixels(pixels), timesteps=timesteps, noise=noise)
-                    accelerator.backward(output.loss / plan.accumulation)
-                loss = loss + output.loss.detach() / plan.accumulation
-            learning_rate = plan.learning_rate_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-            if recipe.train["max_grad_norm"] is not None:
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.train["max_grad_norm"], norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.update(model)
-            step += 1
-
-            # ---- report
-            bar.update(plan.global_batch_size)
-            log.add(loss, norm, waited, time.monotonic() - began, plan.global_batch_size)
-            stops = step == last_step or is_over(max_minutes, started, accelerator)
-            saves = stops or step % checkpoint_every == 0
-            if saves or step % log_every == 0:
-                line = log.summary(step, epoch=step / plan.steps_per_epoch, learning_rate=learning_rate)
-                check_finite(line, folder)
-                log.write(line)
-                shown = dict(loss=f"{line['loss']:.4f}", wait=f"{line['data_wait']:.0%}", lr=f"{learning_rate:.1e}")
-                bar.set_postfix(shown, refresh=False)
-
-            # ---- save: after the evaluation, so that none is missing if the run dies between the two
-            if evaluations and (step % evaluate_every == 0 or step == plan.total_steps):
-                if accelerator.is_main_process:
-                    evaluate()
-                accelerator.wait_for_everyone()
-            if saves:
-                save()
-                accelerator.wait_for_everyone()
+    step = loop.run(step, take_step, save, evaluate if evaluations else None)
 
     if step < plan.total_steps:
         accelerator.print(f"stopped at step {step:,} of {plan.total_steps:,}; run the same command again to go on")
     elif accelerator.is_main_process:
         with ema.in_place_of_parameters(model) if ema is not None else nullcontext():
-            save_encoder(encoder, model, add_what_belongs_to_it)
+            save_encoder(encoder, model, partial(add_what_belongs_to_it, step=step))
         if rate := log.images_per_second():
             flops = rate * training_flops_per_image(config)
             accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
@@ -295,63 +307,26 @@ def pretrain(
     accelerator.wait_for_everyone()
     # DDP goes before its process group: if it held the last reference, the group would end its threads while the
     # interpreter is locked, and now and then wait for one of them for ever.
-    output = loss = wrapped = None
+    wrapped = None
     accelerator.free_memory()
     accelerator.end_training()
     return encoder if step == plan.total_steps else None
 
 
-def check_options(at_least_one: dict[str, int | None], mixed_precision: str) -> None:
-    """Raises RunError for a value that would only fail, or be ignored, later."""
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise RunError(f"{name} is {value}, but must be at least 1.")
-    if mixed_precision not in ("bf16", "no"):  # fp16 needs its losses scaled
-        raise RunError(f"mixed_precision is {mixed_precision!r}, but must be 'bf16' or 'no'.")
-
-
-def make_accelerator(output_dir: Path, mixed_precision: str, report_to) -> Accelerator:
-    """Accelerate's view of the machine.
-
-    Raises:
-        RunError: a tracker is not installed.
-    """
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        log_with=list(report_to) or None,
-        project_dir=output_dir,
-        # Accumulation is ours: the one that `accelerate config` may have set would divide the loss once more.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # The other processes wait while the main one evaluates and saves.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
-    if missing := {*report_to} - {"all", *map(str, accelerator.log_with)}:
-        raise RunError(f"The tracker {', '.join(sorted(missing))} is not installed.")
-    return accelerator
-
-
-def identity(run: dict) -> dict:
-    """What must be equal for a run to be the same, by dotted names."""
-    sections = {section: run["recipe"][section] for section in ("model", "tokenizer", "data", "train")}
-    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return values | {key: value for key, value in run.items() if key != "recipe"}
-
-
-def check_same_run(output_dir: Path, run: dict) -> None:
-    """Raises RunError if the folder holds another run; of values that are not known yet nothing is said."""
-    file = output_dir / "run.json"
-    if not file.exists():
+def check_labels(num_classes: int | None, source: ImageSource) -> None:
+    """Raises RunError if a model with class labels meets images without, or with another number of classes."""
+    if num_classes is None:
         return
-    try:
-        before = identity(json.loads(file.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file} cannot be read as a run; choose another --output-dir.") from error
-    for key, value in identity(run).items():
-        if key in before and before[key] != value:
-            raise RunError(
-                f"{output_dir} holds a run with {key}={before[key]!r}, not {value!r}; "
-                "choose another --output-dir, or the values of that run to go on with it."
-            )
+    if source.label_column is None:
+        raise RunError(
+            f"The recipe conditions on class labels, but {source.name} has none; name its label column, or train "
+            "remove_class_labels."
+        )
+    if source.label_names is not None and len(source.label_names) != num_classes:
+        raise RunError(
+            f"The recipe has {num_classes} classes, {source.name} has {len(source.label_names)}; "
+            f"give --set model.num_classes={len(source.label_names)}."
+        )
 
 
 def stream_position(state: dict, accelerator: Accelerator) -> dict | None:
@@ -369,26 +344,6 @@ def stream_position(state: dict, accelerator: Accelerator) -> dict | None:
             "a stream can only be resumed on the layout that saved it."
         )
     return positions[accelerator.process_index]
-
-
-def check_finite(line: dict, folder: Path) -> None:
-    """Raises RunError, before anything is saved, if the loss or the gradient of a report is not finite."""
-    if math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"]):
-        return
-    found = checkpoints(folder)
-    raise RunError(
-        f"The loss is {line['loss']} and the gradient's norm {line['gradient_norm']} at step {line['step']}; "
-        f"{f'{found[-1]} is intact' if found else 'nothing has been saved'}, and another --output-dir with a smaller "
-        "train.base_learning_rate or train.max_grad_norm may go further."
-    )
-
-
-def is_over(max_minutes: float | None, started: float, accelerator: Accelerator) -> bool:
-    """Whether the time is up in any process."""
-    if max_minutes is None:
-        return False
-    over = torch.tensor(float(time.monotonic() - started > 60 * max_minutes), device=accelerator.device)
-    return bool(accelerator.reduce(over).item())
 
 
 def save_encoder(folder: Path, model: LDAEForPreTraining, extras: Callable[[Path], None]) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler, default_collate
 from ..image_processing_ldae import centre_box, resize_crop
 
 
-_PURPOSES = ("order", "crop", "timestep", "noise", "shards", "buffer")
+_PURPOSES = ("order", "crop", "timestep", "noise", "shards", "buffer", "label", "label_dropout")
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
@@ -124,16 +124,38 @@ class Corruption:
 
 
 @dataclass(frozen=True)
+class LabelDropout:
+    """Draws whether a label is dropped, the same for the same (seed, epoch, sample).
+
+    Args:
+        probability: share of the labels, 0...1.
+    """
+
+    probability: float
+    seed: int = 0
+
+    def __call__(self, epoch: int, sample_id: int) -> bool:
+        return bool(random_generator(self.seed, "label_dropout", epoch, sample_id).random() < self.probability)
+
+
+@dataclass(frozen=True)
 class SampleMaker:
     """From an image to the dictionary that a data loader stacks; without a `corruption`, pixels and label only."""
 
     crop: Crop
     corruption: Corruption | None = None
+    label_dropout: LabelDropout | None = None
 
     def __call__(self, image: Image.Image, label: int, epoch: int, sample_id: int) -> dict:
-        sample = {"pixel_values": self.crop(image, epoch, sample_id), "labels": label, "sample_ids": sample_id}
+        return {"pixel_values": self.crop(image, epoch, sample_id)} | self.draws(label, epoch, sample_id)
+
+    def draws(self, label: int, epoch: int, sample_id: int) -> dict:
+        """All of a sample but its pixels."""
+        sample = {"labels": label, "sample_ids": sample_id}
         if self.corruption is not None:
             sample["timesteps"], sample["noise"] = self.corruption(epoch, sample_id)
+        if self.label_dropout is not None:
+            sample["dropped_labels"] = self.label_dropout(epoch, sample_id)
         return sample
 
 

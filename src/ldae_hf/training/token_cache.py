@@ -1,0 +1,145 @@
+"""Latents of the training images, encoded once: what a run reads in place of images that never change.
+
+Only centre crops without flips stay the same from epoch to epoch. The folder's name is a hash of all that the tokens
+depend on, the tokenizer's and the processor's fingerprints among them.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..image_processing_ldae import LDAEImageProcessor
+from ..modeling_ldae import LDAEForPreTraining
+from .checkpointing import check_folder, write_folder
+from .data import ImageSource, eval_loader
+
+
+IMAGES_PER_FILE = 8192
+INDEX = "index.json"
+
+
+def file_name(number: int) -> str:
+    return f"tokens-{number:05d}.safetensors"
+
+
+class TokenCache:
+    """(N,K) fp32 tokens and the label by image number, read from memory-mapped files. [`cache_tokens`] makes it.
+
+    Attributes:
+        bad_images: rows of images that could not be read, whose place another one took.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        check_folder(folder, (INDEX,))
+        index = json.loads((folder / INDEX).read_text())
+        self.folder, self.num_images, self.bad_images = folder, index["num_images"], index["bad_images"]
+        self._files: dict[int, tuple] = {}
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        number, row = divmod(index, IMAGES_PER_FILE)
+        if number not in self._files:
+            file = safe_open(self.folder / file_name(number), "pt")
+            self._files[number] = file.get_slice("tokens"), file.get_tensor("labels")
+        tokens, labels = self._files[number]
+        return tokens[row], int(labels[row])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_files": {}}  # open files do not travel to a worker
+
+
+def cache_tokens(
+    folder: Path,
+    model: LDAEForPreTraining,
+    processor: LDAEImageProcessor,
+    source: ImageSource,
+    accelerator: Accelerator,
+    loading: dict,
+) -> TokenCache:
+    """Encodes every image of `source` with the model's tokenizer, unless `folder` holds the tokens already.
+
+    Args:
+        folder: where a folder named by its content's hash is made.
+        loading: image size, crop, flip and workers, as for `train_loader`.
+
+    Raises:
+        ValueError: crops differ from epoch to epoch, the target needs the images themselves, or they are a stream.
+    """
+    if loading["crop"] != "centre" or loading["flip"]:
+        raise ValueError(
+            "Latents can be cached only where images never change: data.crop must be centre and data.flip false."
+        )
+    if not model.prediction_target.answers_in_latents:
+        raise ValueError("Latents can be cached only where the target is latents, not the image itself.")
+    if source.streaming:
+        raise ValueError("Latents of a stream cannot be cached; read the data set without streaming.")
+    key = {
+        "tokenizer": [model.config.tokenizer, model.config.latent_dim, model.config.latent_scaling],
+        "fingerprints": [model.config.tokenizer_fingerprint, processor.fingerprint],
+        "images": [source.dataset._fingerprint, source.max_pixels, loading["image_size"]],
+    }
+    folder = folder / sha256(json.dumps(key).encode()).hexdigest()[:16]
+    already_there = (folder / INDEX).is_file()
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if not already_there:
+        encode_all(folder, model, processor, source, accelerator, loading)
+    return TokenCache(folder)
+
+
+@torch.no_grad()
+def encode_all(
+    folder: Path,
+    model: LDAEForPreTraining,
+    processor: LDAEImageProcessor,
+    source: ImageSource,
+    accelerator: Accelerator,
+    loading: dict,
+) -> None:
+    """Every process encodes its share of the files; those of an earlier attempt are kept."""
+    numbers = range(-(-len(source) // IMAGES_PER_FILE))
+    parts = folder.with_name(f".{folder.name}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(source), desc="latents", unit=" images", disable=not accelerator.is_main_process) as bar:
+        for number in numbers[accelerator.process_index :: accelerator.num_processes]:
+            rows = range(number * IMAGES_PER_FILE, min((number + 1) * IMAGES_PER_FILE, len(source)))
+            if not (parts / file_name(number)).is_file():
+                images = replace(source, dataset=source.dataset.select(rows), num_images=len(rows))
+                tokens, labels, bad_images = [], [], []
+                for batch in eval_loader(images, loading["image_size"], 64, loading["num_workers"]):
+                    pixels = processor.normalize_pixels(batch["pixel_values"].to(accelerator.device))
+                    tokens.append(model.ldae.tokenizer.encode(pixels).float().cpu())
+                    labels.append(batch["labels"])
+                    bad_images += [bad | {"index": bad["index"] + rows.start} for bad in batch["bad_images"]]
+                aside = parts / f".{file_name(number)}"
+                tensors = {"tokens": torch.cat(tokens), "labels": torch.cat(labels)}
+                save_file(tensors, aside, metadata={"bad_images": json.dumps(bad_images)})
+                aside.replace(parts / file_name(number))
+            bar.update(len(rows) * accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+
+        def write(path: Path) -> None:
+            bad_images = []
+            for number in numbers:
+                with safe_open(parts / file_name(number), "pt") as file:
+                    bad_images += json.loads(file.metadata()["bad_images"])
+                (parts / file_name(number)).rename(path / file_name(number))
+            index = {"num_images": len(source), "bad_images": bad_images}
+            (path / INDEX).write_text(json.dumps(index, indent=2))
+
+        write_folder(folder, write)
+        shutil.rmtree(parts)
+    accelerator.wait_for_everyone()

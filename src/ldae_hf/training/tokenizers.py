@@ -1,0 +1,620 @@
+"""The learned tokenizers of section 4.2, trained as a run of their own: order, log, checkpoints and resume are those of
+pre-training. A patch-wise one is two matrices; a convolutional one is latent diffusion's KL autoencoder.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LEARNED_TOKENIZERS, LDAEConfig
+from ..image_processing_ldae import LDAEImageProcessor
+from ..latent_tokenizers import (
+    CONFIG_NAME,
+    LearnedTokenizer,
+    autoencoder_stride,
+    build_autoencoder,
+    check_geometry,
+    load_autoencoder,
+)
+from ..patch_tokenizers import patchify, unpatchify
+from ..recipes import Recipe, load_recipe
+from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_layers, generator_loss, hinge_loss
+from .checkpointing import checkpoints, load_parts, save_parts, write_folder, write_text
+from .data import ImageSource, crop_loader, eval_loader, load_images, train_loader
+from .fit_pca import fit_processor
+from .loop import Loop, RunError, Step
+from .metrics_log import MetricsLog
+from .optimization import Plan, adamw
+from .perceptual import LPIPS, LabelFeatures, train_label_features
+from .run_folder import check_options, check_same_run, identity, make_accelerator
+
+
+LABEL_FEATURES_EPOCHS, LABEL_FEATURES_BATCH = 3, 64
+
+
+# ------------------------------------------------------------------------------------------------- what is trained
+# Both forwards take pixel_values (B,C,H,W) and standard normal noise (B,N,K), and return the terms of the loss, sums
+# over the values of a patch or an image, as means over those; and the reconstruction.
+
+
+def kl_to_standard_normal(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """KL[N(mean, exp(log_variance)) ‖ N(0, 1)] of each value."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+class PatchAutoencoderTraining(nn.Module):
+    """‖x - UᵀVx‖² of patches without their mean, and for a VAE + kl_weight · KL[Vx ‖ N(0, 1)], whose log-variance is
+    another linear map of the patch (section 4.2)."""
+
+    def __init__(self, config: LDAEConfig, mean: torch.Tensor, kl_weight: float):
+        super().__init__()
+        self.patch_size, self.kl_weight = config.patch_size, kl_weight
+        self.register_buffer("mean", mean.clone())
+        self.encoder = nn.Linear(config.patch_dim, config.latent_dim, bias=False)  # V
+        self.decoder = nn.Linear(config.latent_dim, config.patch_dim, bias=False)  # Uᵀ
+        self.log_variance = nn.Linear(config.patch_dim, config.latent_dim) if config.tokenizer == "patch_vae" else None
+
+    def forward(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            patches = patchify(pixel_values, self.patch_size).to(self.mean) - self.mean  # (B, N, P)
+            latents, terms = self.encoder(patches), {}  # (B, N, K)
+            if self.log_variance is not None:
+                log_variance = self.log_variance(patches).clamp(-30, 20)
+                terms["kl"] = self.kl_weight * kl_to_standard_normal(latents, log_variance).sum(-1).mean()
+                latents = latents + (0.5 * log_variance).exp() * noise.to(latents)
+            reconstruction = self.decoder(latents)
+            terms["reconstruction"] = (patches - reconstruction).square().sum(-1).mean()
+        rows, columns = (side // self.patch_size for side in pixel_values.shape[-2:])
+        return terms, unpatchify(reconstruction + self.mean, self.patch_size, (rows, columns))
+
+    def buffers_for_the_model(self, processor: LDAEImageProcessor) -> dict[str, torch.Tensor]:
+        """What the model's tokenizer takes: the variance of each latent is exact, V Σ Vᵀ, from the patches' PCA."""
+        components, decoder_components = self.encoder.weight.detach().cpu(), self.decoder.weight.detach().cpu().T
+        along = (components.double() @ processor.components.T).square()  # (K, P)
+        return {
+            "components": components.float(),
+            "decoder_components": decoder_components.float().contiguous(),
+            "mean": self.mean.cpu().float(),
+            "explained_variance": (along @ processor.explained_variance).float(),
+        }
+
+
+class ConvolutionalTraining(nn.Module):
+    """Reconstruction, absolute or squared, + kl_weight · KL + a perceptual distance, as latent diffusion weights them:
+    all summed over the values of an image, the perceptual distance counted once for each."""
+
+    def __init__(self, config: LDAEConfig, settings: dict, perceptual: nn.Module | None):
+        super().__init__()
+        channels = config.latent_dim // (config.patch_size // settings["stride"]) ** 2
+        sizes = (config.image_size, settings["stride"], settings["base_width"], settings["residual_blocks"])
+        self.autoencoder = build_autoencoder(*sizes, channels).to(memory_format=torch.channels_last)
+        self.kl_weight, self.squared = settings["kl_weight"], settings["reconstruction_loss"] == "squared"
+        self._perceptual = (perceptual,)  # frozen: in a tuple it is neither trained nor saved
+
+    def forward(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        posterior = self.autoencoder.encode(pixel_values).latent_dist
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (B, c, h, w)
+        side = math.isqrt(noise.shape[1])
+        noise = unpatchify(noise.to(mean), mean.shape[-1] // side, (side, side))
+        reconstruction = self.autoencoder.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+        error = pixel_values - reconstruction
+        error = error.square() if self.squared else error.abs()
+        terms = {
+            "reconstruction": error.flatten(1).sum(-1).mean(),
+            "kl": self.kl_weight * kl_to_standard_normal(mean, log_variance).flatten(1).sum(-1).mean(),
+        }
+        (perceptual,) = self._perceptual
+        if perceptual is not None:
+            terms["perceptual"] = perceptual(pixel_values, reconstruction).mean() * error[0].numel()
+        return terms, reconstruction
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def train_tokenizer(
+    recipe: str = "patch_ae",
+    *,
+    output_dir: str | Path,
+    tier: str | None = None,
+    overrides: tuple[str, ...] | list[str] = (),
+    dataset=None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    processor: str | Path | None = None,
+    perceptual_weights: str | Path | None = None,
+    seed: int = 0,
+    per_device_batch_size: int | None = None,
+    num_workers: int = 2,
+    mixed_precision: str = "bf16",
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 2,
+    log_every: int = 20,
+    report_to: tuple[str, ...] | list[str] = (),
+    max_steps: int | None = None,
+    max_minutes: float | None = None,
+) -> Path | None:
+    """Trains the learned tokenizer of a recipe, or goes on with a run that stands in `output_dir`.
+
+    Writes into `output_dir`: `run.json`, `processor/`, `checkpoints/step-…/`, `metrics.jsonl`, `reconstructions/` (a
+    picture an epoch), `perceptual/` where a network is trained for the perceptual loss, and at the end `tokenizer/`,
+    which [`LearnedTokenizer.from_pretrained`] loads.
+
+    Args:
+        recipe, tier, overrides: as in [`load_recipe`]; the recipe's `tokenizer` section says how it is trained. One
+            that names a released autoencoder is measured and written, not trained.
+        perceptual_weights: a folder with the weights of LPIPS, where the recipe asks for it; see [`LPIPS`].
+        mixed_precision: `"bf16"` or `"no"`; patch-wise tokenizers compute in fp32 in either.
+        The others are those of [`pretrain`].
+
+    Returns:
+        The tokenizer's folder, or None if the run stopped early.
+
+    Raises:
+        RunError: the recipe's tokenizer is not a learned one, an option is out of range, the folder holds another run,
+            or the loss is not finite.
+        CheckpointError: the newest checkpoint is damaged.
+        ValueError: from the recipe, the data, the processor or the plan.
+    """
+    check_options(
+        dict(checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, log_every=log_every), mixed_precision
+    )
+    recipe = load_recipe(recipe, tier, overrides)
+    accelerator = make_accelerator(Path(output_dir), mixed_precision, report_to)
+    folder = train_with(
+        accelerator,
+        recipe,
+        Path(output_dir),
+        dataset=dataset,
+        image_column=image_column,
+        label_column=label_column,
+        processor=processor,
+        perceptual_weights=perceptual_weights,
+        seed=seed,
+        per_device_batch_size=per_device_batch_size,
+        num_workers=num_workers,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+        log_every=log_every,
+        max_steps=max_steps,
+        max_minutes=max_minutes,
+    )
+    accelerator.end_training()
+    return folder
+
+
+def train_with(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    dataset,
+    image_column: str | None,
+    label_column: str | None,
+    processor: str | Path | None,
+    perceptual_weights: str | Path | None,
+    seed: int,
+    per_device_batch_size: int | None = None,
+    num_workers: int = 2,
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 2,
+    log_every: int = 20,
+    max_steps: int | None = None,
+    max_minutes: float | None = None,
+) -> Path | None:
+    """`train_tokenizer` with an accelerator that goes on afterwards: what a pre-training run calls."""
+    started = time.monotonic()
+
+    # ---- resolve: what this run is
+    config, data, settings = recipe.model_config(), recipe.data, recipe.tokenizer
+    if config.tokenizer not in LEARNED_TOKENIZERS:
+        raise RunError(
+            f"{recipe.title} has the tokenizer {config.tokenizer}, which is not trained: `ldae pretrain` fits the PCA "
+            f"itself. Learned tokenizers are {', '.join(LEARNED_TOKENIZERS)}."
+        )
+    run = {"seed": seed, "recipe": recipe.to_dict()}
+    check_same_run(output_dir, run)
+    folder = output_dir / "tokenizer"
+    if (folder / CONFIG_NAME).is_file():
+        accelerator.print(f"this run is finished; tokenizer: {folder}")
+        return folder
+    columns = dict(image_column=image_column, label_column=label_column)
+    source = load_images(data["dataset"] if dataset is None else dataset, data["train_split"], **columns)
+    plan = Plan.derive(recipe, len(source), accelerator.num_processes, per_device_batch_size, section="tokenizer")
+    run |= {"num_images": plan.num_images}
+    check_same_run(output_dir, run)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / "run.json", json.dumps(run, indent=2))
+
+    # ---- build: processor, autoencoder, discriminator, optimizers
+    loading = dict(
+        image_size=config.image_size,
+        crop=data["crop"],
+        crop_scale=data["crop_scale"],
+        flip=data["flip"],
+        seed=seed,
+        num_workers=num_workers,
+    )
+    processor = fit_processor(output_dir / "processor", processor, config, source, recipe, accelerator, loading)
+    accelerator.print(f"{recipe.title}: {recipe.why}")
+    if settings["pretrained"] is not None:
+        learned = released_tokenizer(config, settings, source, processor, accelerator, loading)
+        return finish(folder, learned, accelerator)
+    perceptual = perceptual_network(
+        output_dir / "perceptual", config, settings, source, accelerator, perceptual_weights, loading
+    )
+    torch.manual_seed(seed)
+    convolutional = config.tokenizer in CONVOLUTIONAL_TOKENIZERS
+    if convolutional:
+        module = ConvolutionalTraining(config, settings, perceptual)
+    else:
+        module = PatchAutoencoderTraining(config, processor.mean.float(), settings["kl_weight"])
+    module.to(accelerator.device, torch.get_default_dtype()).train()
+    optimizer = adamw(module, settings["betas"])
+    parts = {"autoencoder": (module, optimizer)}
+    discriminator = None
+    if convolutional and settings["adversarial_weight"]:
+        discriminator = PatchDiscriminator(discriminator_layers(config.image_size))
+        discriminator.to(accelerator.device, torch.get_default_dtype()).train()
+        discriminator_optimizer = adamw(discriminator, settings["betas"])
+        parts["discriminator"] = (discriminator, discriminator_optimizer)
+    adversarial_start = round(settings["adversarial_start_epochs"] * plan.steps_per_epoch)
+
+    # ---- resume: the newest checkpoint, if there is one
+    checkpoint_folder = output_dir / "checkpoints"
+    found = checkpoints(checkpoint_folder)
+    step = load_parts(found[-1], parts)["step"] if found else 0
+    loader = train_loader(
+        source,
+        num_timesteps=1,
+        tokens_shape=(config.num_patches, config.latent_dim),
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.per_device_batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        start_step=step,
+        num_steps=plan.total_steps,
+        **loading,
+    )
+    log = MetricsLog(output_dir, accelerator, resume_at=step, settings=identity(run))
+    accelerator.print("\n".join(plan.lines()))
+    if step:
+        accelerator.print(f"resuming at step {step:,} from {found[-1]}")
+    wrapped = accelerator.prepare(module)
+    judge = None if discriminator is None else accelerator.prepare(discriminator)
+    batches, watched = iter(loader), next(iter(eval_loader(source, config.image_size, 16)))["pixel_values"]
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            state = {"step": step, "seed": seed, "recipe": recipe.title}
+            save_parts(checkpoint_folder, step, parts, state, recipe.save, keep_checkpoints)
+
+    def take_step(step: int) -> Step:
+        """The gradient of one global batch, in parts, then AdamW; and once it has begun, the discriminator's turn."""
+        waited, numbers, pairs = 0.0, {}, []
+        adversarial = discriminator is not None and step >= adversarial_start
+        for part in range(plan.accumulation):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            log.bad_images(batch["bad_images"])
+            pixels = processor.normalize_pixels(batch["pixel_values"].to(accelerator.device, non_blocking=True))
+            is_last = part == plan.accumulation - 1
+            with nullcontext() if is_last else accelerator.no_sync(wrapped):
+                terms, reconstruction = wrapped(pixels, batch["noise"].to(accelerator.device, non_blocking=True))
+                if adversarial:
+                    terms["adversarial"] = adversarial_term(terms, reconstruction)
+                    pairs.append((pixels, reconstruction.detach()))
+                loss = sum(terms.values())
+                accelerator.backward(loss / plan.accumulation)
+            squared_error = (pixels - reconstruction.detach()).square().mean()
+            for name, value in (terms | {"loss": loss, "squared_error": squared_error}).items():
+                numbers[name] = numbers.get(name, 0) + value.detach() / plan.accumulation
+        numbers["gradient_norm"] = torch.nn.utils.get_total_norm([parameter.grad for parameter in module.parameters()])
+        update(optimizer, plan.learning_rate_at(step))
+        if adversarial:
+            numbers["discriminator"] = train_discriminator(pairs, plan.learning_rate_at(step))
+        return Step(numbers, waited)
+
+    def adversarial_term(terms: dict[str, torch.Tensor], reconstruction: torch.Tensor) -> torch.Tensor:
+        """The generator's loss, brought to the size of the reconstruction's gradient (VQGAN, Eq. 7)."""
+        discriminator.requires_grad_(False)
+        with accelerator.autocast():
+            generator = generator_loss(discriminator(reconstruction).float())
+        discriminator.requires_grad_(True)
+        nll = terms["reconstruction"] + terms.get("perceptual", 0)
+        weight = adaptive_weight(nll, generator, module.autoencoder.decoder.conv_out.weight)
+        return settings["adversarial_weight"] * weight * generator
+
+    def train_discriminator(pairs: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float) -> torch.Tensor:
+        total = 0
+        for number, (real, fake) in enumerate(pairs, start=1):
+            with nullcontext() if number == len(pairs) else accelerator.no_sync(judge):
+                # Both in one pass: DDP allows one forward for each backward.
+                real_logits, fake_logits = judge(torch.cat([real, fake])).float().chunk(2)
+                loss = hinge_loss(real_logits, fake_logits)
+                accelerator.backward(loss / len(pairs))
+            total = total + loss.detach() / len(pairs)
+        update(discriminator_optimizer, learning_rate)
+        return total
+
+    def evaluate(step: int) -> None:
+        """A picture of the same images every epoch: originals above, reconstructions of their posterior mean below."""
+        with torch.no_grad():
+            pixels = processor.normalize_pixels(watched.to(accelerator.device))
+            noise = torch.zeros(len(pixels), config.num_patches, config.latent_dim, device=accelerator.device)
+            _, reconstruction = module(pixels, noise)
+        error = (pixels - reconstruction).square().mean().item()
+        log.write_evaluation(step, {"watched_squared_error": error})
+        picture = torch.stack([pixels.cpu(), reconstruction.cpu()])
+        paint(picture, processor, output_dir / "reconstructions" / f"step-{step:08d}.png")
+
+    loop = Loop(
+        name=f"{recipe.name} tokenizer",
+        folder=checkpoint_folder,
+        plan=plan,
+        accelerator=accelerator,
+        log=log,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        max_steps=max_steps,
+        max_minutes=max_minutes,
+        started=started,
+    )
+    step = loop.run(step, take_step, save, evaluate)
+    wrapped = judge = None  # before the process group goes; see `pretrain`
+    accelerator.free_memory()
+    if step < plan.total_steps:
+        accelerator.print(f"stopped at step {step:,} of {plan.total_steps:,}; run the same command again to go on")
+        return None
+
+    # ---- save: the tokenizer, with the variances of its latents
+    training = {
+        "recipe": recipe.name,
+        "tier": recipe.tier,
+        "overrides": recipe.overrides,
+        "seed": seed,
+        "steps": step,
+        "images_seen": step * plan.global_batch_size,
+    }
+    module.eval()
+    if convolutional:
+        variance = latent_variance(module.autoencoder, config, settings, source, processor, accelerator, loading)
+        module.autoencoder.register_to_config(scaling_factor=variance.mean().rsqrt().item())
+        buffers, autoencoder = {"explained_variance": variance}, module.autoencoder.cpu().float()
+    else:
+        buffers, autoencoder = module.buffers_for_the_model(processor), None
+    learned = LearnedTokenizer(
+        tokenizer=config.tokenizer,
+        patch_size=config.patch_size,
+        latent_dim=config.latent_dim,
+        buffers=buffers,
+        autoencoder=autoencoder,
+        processor_fingerprint=processor.fingerprint,
+        training=training,
+    )
+    return finish(folder, learned, accelerator)
+
+
+def finish(folder: Path, learned: LearnedTokenizer, accelerator: Accelerator) -> Path:
+    """Writes the tokenizer's folder, in one move."""
+    if accelerator.is_main_process:
+        write_folder(folder, learned.save_pretrained)
+    accelerator.wait_for_everyone()
+    accelerator.print(f"tokenizer: {folder}")
+    return folder
+
+
+def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """One step with this learning rate, and no gradients after it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def paint(rows: torch.Tensor, processor: LDAEImageProcessor, file: Path) -> None:
+    """Writes images (rows,columns,C,H,W) in the processor's normalisation as one PNG."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    pixels = ((rows.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(pixels.flatten(2, 3).flatten(0, 1).numpy())).save(file)
+
+
+@torch.no_grad()
+def latent_variance(
+    autoencoder: nn.Module,
+    config: LDAEConfig,
+    settings: dict,
+    source: ImageSource,
+    processor: LDAEImageProcessor,
+    accelerator: Accelerator,
+    loading: dict,
+) -> torch.Tensor:
+    """(K,) fp32 variance of each latent over about `fit_patches` tokens of training crops, by all processes."""
+    stride = autoencoder_stride(autoencoder)
+    sums = torch.zeros(3, config.latent_dim, dtype=torch.float64, device=accelerator.device)
+    wanted = max(2, settings["fit_patches"] // accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for crops in crop_loader(source, rank=rank, world_size=world, **loading):
+        pixels = processor.normalize_pixels(crops.to(accelerator.device)).to(autoencoder.dtype)
+        latents = autoencoder.encode(pixels).latent_dist.mode()
+        tokens = patchify(latents, config.patch_size // stride).flatten(0, 1).double()
+        sums += torch.stack([torch.ones_like(tokens[0]) * len(tokens), tokens.sum(0), tokens.square().sum(0)])
+        if sums[0, 0] >= wanted:
+            break
+    count, total, squares = accelerator.reduce(sums).cpu()
+    return ((squares - total.square() / count) / (count - 1)).float()
+
+
+def released_tokenizer(
+    config: LDAEConfig,
+    settings: dict,
+    source: ImageSource,
+    processor: LDAEImageProcessor,
+    accelerator: Accelerator,
+    loading: dict,
+) -> LearnedTokenizer:
+    """A released autoencoder, with the variances of its latents on this data set.
+
+    Raises:
+        ValueError: it is not there, or its latents do not make tokens of the recipe's size.
+    """
+    autoencoder = load_autoencoder(settings["pretrained"]).eval()
+    check_geometry(autoencoder, config.patch_size, config.latent_dim)
+    autoencoder.to(accelerator.device)
+    variance = latent_variance(autoencoder, config, settings, source, processor, accelerator, loading)
+    return LearnedTokenizer(
+        tokenizer=config.tokenizer,
+        patch_size=config.patch_size,
+        latent_dim=config.latent_dim,
+        buffers={"explained_variance": variance},
+        autoencoder=autoencoder.cpu(),
+        training={"pretrained": settings["pretrained"]},
+    )
+
+
+def perceptual_network(
+    folder: Path,
+    config: LDAEConfig,
+    settings: dict,
+    source: ImageSource,
+    accelerator: Accelerator,
+    weights: str | Path | None,
+    loading: dict,
+) -> nn.Module | None:
+    """The frozen network of the perceptual loss, None if there is none.
+
+    `lpips` is read from `weights`; `labels` and `random_labels` are trained here on the data set's labels, or on ones
+    that say nothing, and kept in `folder`.
+
+    Raises:
+        RunError: LPIPS has no weights, or the data set no labels.
+    """
+    kind = settings["perceptual_loss"] if config.tokenizer in CONVOLUTIONAL_TOKENIZERS else None
+    if kind is None:
+        return None
+    if kind == "lpips":
+        if weights is None:
+            raise RunError(
+                "The recipe's perceptual loss is LPIPS, whose weights are not ours to ship: give the folder that holds "
+                "vgg16.safetensors and lpips.safetensors with --perceptual-weights (`ldae weights convert --help` says "
+                "where they come from), or train with --set tokenizer.perceptual_loss=labels."
+            )
+        return LPIPS.from_folder(weights).to(accelerator.device)
+    already_there = folder.is_dir()
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if not already_there and accelerator.is_main_process:
+        if source.label_column is None:
+            raise RunError(f"{source.name} has no labels to train the network of the perceptual loss on.")
+        batches_per_epoch = len(source) // LABEL_FEATURES_BATCH
+
+        def loader_of_epoch(epoch: int) -> Iterator[dict]:
+            return train_loader(
+                source,
+                num_timesteps=1,
+                tokens_shape=(1, 1),
+                global_batch_size=LABEL_FEATURES_BATCH,
+                micro_batch_size=LABEL_FEATURES_BATCH,
+                start_step=epoch * batches_per_epoch,
+                num_steps=(epoch + 1) * batches_per_epoch,
+                **loading,
+            )
+
+        network, figures = train_label_features(
+            loader_of_epoch,
+            source.num_classes,
+            epochs=LABEL_FEATURES_EPOCHS,
+            device=accelerator.device,
+            random_labels=kind == "random_labels",
+            seed=loading["seed"],
+        )
+
+        def write(path: Path) -> None:
+            network.save(path)
+            (path / "training.json").write_text(json.dumps({"perceptual_loss": kind} | figures, indent=2))
+
+        write_folder(folder, write)
+    accelerator.wait_for_everyone()
+    return LabelFeatures.load(folder).to(accelerator.device)
+
+
+# ------------------------------------------------------------------------------------------------ for pre-training
+
+
+def tokenizer_for_run(
+    output_dir: Path,
+    given: str | Path | None,
+    recipe: Recipe,
+    config: LDAEConfig,
+    source: ImageSource,
+    accelerator: Accelerator,
+    training: dict,
+) -> LearnedTokenizer | None:
+    """The learned tokenizer of a pre-training run: the one in its folder, else the `given` one, else one trained now.
+
+    Args:
+        output_dir: of the pre-training run. given: a folder that `train_tokenizer` wrote, or its `tokenizer/`.
+        source: the run's images, which have to be no stream if a tokenizer is trained. training: arguments of
+            `train_tokenizer`.
+
+    Returns:
+        None for a recipe whose tokenizer is not a learned one. All processes get the same.
+
+    Raises:
+        RunError: a tokenizer is given to a recipe that has none to learn, it is not there, or it would have to be
+            trained on a stream.
+    """
+    if config.tokenizer not in LEARNED_TOKENIZERS:
+        if given is not None:
+            raise RunError(f"{recipe.title} has the tokenizer {config.tokenizer}, which is not a learned one to give.")
+        return None
+    folder = output_dir / "tokenizer"
+    chosen = None if given is None else LearnedTokenizer.from_pretrained(tokenizer_folder(given))
+    already_there = (folder / CONFIG_NAME).is_file()
+    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    if already_there:
+        learned = LearnedTokenizer.from_pretrained(folder)
+        if chosen is not None and chosen.fingerprint != learned.fingerprint:
+            raise RunError(f"The run began with the tokenizer in {folder}, not the one in {given}; leave that out.")
+        return learned
+    if chosen is None:
+        if source.streaming:
+            raise RunError(
+                "A tokenizer is not trained on a stream; train it first, with `ldae tokenizer train`, and give it with "
+                "--tokenizer."
+            )
+        training = training | {"processor": output_dir / "processor"}
+        inner = make_accelerator(output_dir, training.pop("mixed_precision"), ())
+        chosen = LearnedTokenizer.from_pretrained(
+            train_with(inner, recipe, output_dir / "tokenizer-training", **training)
+        )
+    if accelerator.is_main_process:
+        write_folder(folder, chosen.save_pretrained)
+    accelerator.wait_for_everyone()
+    return chosen
+
+
+def tokenizer_folder(given: str | Path) -> Path:
+    """The folder of a tokenizer, given itself or by its run.
+
+    Raises:
+        RunError: there is none.
+    """
+    for folder in (Path(given) / "tokenizer", Path(given)):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    raise RunError(f"{given} holds no finished tokenizer; `ldae tokenizer train` makes one.")
