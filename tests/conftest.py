@@ -31,4 +31,4 @@ def ldae_data() -> Path:
 
 def pytest_collection_modifyitems(items):
     """The tests that fork go first: a fork of a process in which other tests have left threads behind can hang."""
-    items.sort(key=lambda item: item.path.name != "test_pretrain.py")
+    items.sort(key=lambda item: item.path.name not in ("test_pretrain.py", "test_tokenizer_training.py"))

@@ -1,13 +1,7 @@
-"""Pre-training as a whole: exact resume on one layout, equal results on others, nothing lost to a kill.
+"""Pre-training as a whole: exact resume on one layout, equal results on others, nothing lost to a kill."""
 
-Each run happens in a fork of the test process: accelerate keeps one state per process, a fork can be killed, and unlike
-a fresh process it need not import anything.
-"""
-
-import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,15 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from PIL import Image
+from forked_runs import Child, dataset_of, encoded, lines
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -47,48 +38,12 @@ OVERRIDES = {
     "train.max_grad_norm": 1,
     "train.ema_half_life_epochs": 1,
 }
-TIMEOUT = 240  # seconds; a run takes two
 FILE_OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 GOLDEN = Path(__file__).parent / "golden" / "pretrain_losses.txt"
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pretrain.py"
 
 
 # ---- runs, each in a process of its own
-
-
-class Child:
-    """A function that runs in a fork; `join` returns what it returned, or raises what it raised."""
-
-    def __init__(self, function, environment: dict[str, str] | None = None):
-        self.pipe, theirs = multiprocessing.Pipe()
-
-        def run():
-            os.environ |= {"ACCELERATE_USE_CPU": "true"} | (environment or {})
-            AcceleratorState._reset_state(True)  # what another test may have left behind in the parent
-            torch.set_num_threads(1)
-            try:
-                theirs.send((function(), None))
-            except BaseException as error:
-                traceback.print_exc()
-                theirs.send((None, error))
-
-        self.process = multiprocessing.get_context("fork").Process(target=run)
-        self.process.start()
-        theirs.close()
-
-    def join(self):
-        if not self.pipe.poll(TIMEOUT):
-            self.process.kill()
-            raise TimeoutError(f"a run has not ended after {TIMEOUT} seconds")
-        try:
-            result, error = self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            raise ChildProcessError(f"ended by signal {-self.process.exitcode}") from None
-        self.process.join()
-        if error is not None:
-            raise error
-        return result
 
 
 def overrides(**changes) -> list[str]:
@@ -125,22 +80,6 @@ def use_float64():
     torch.set_default_dtype(torch.float64)
 
 
-def encoded(number: int) -> bytes:
-    """A smooth picture of its own, as a PNG."""
-    rng = np.random.default_rng(number)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-    stream = io.BytesIO()
-    small.resize((24, 20), Image.Resampling.BICUBIC).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def dataset_of(contents: list[bytes]) -> datasets.Dataset:
-    rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": [0] * len(contents)}
-    return datasets.Dataset.from_dict(
-        rows, datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    )
-
-
 @pytest.fixture(scope="session")
 def images():
     return dataset_of([encoded(number) for number in range(NUM_IMAGES)])
@@ -171,10 +110,6 @@ def begun(images, unbroken, tmp_path) -> Path:
     shutil.rmtree(tmp_path / "encoder")
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000010")
     return tmp_path
-
-
-def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -230,7 +230,8 @@ def load_parts(folder: Path, parts: dict[str, tuple[nn.Module, torch.optim.Optim
     try:
         for (weights, moments), (module, optimizer) in zip(files, parts.values(), strict=True):
             module.load_state_dict(load_file(folder / weights))
-            load_optimizer(module, optimizer, load_file(folder / moments))
+            if moments := load_file(folder / moments):  # none before its first step
+                load_optimizer(module, optimizer, moments)
         load_rng(load_file(folder / RNG))
         return json.loads((folder / STATE).read_text())
     except (RuntimeError, KeyError, ValueError, SafetensorError) as error:

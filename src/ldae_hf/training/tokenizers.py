@@ -97,17 +97,18 @@ class ConvolutionalTraining(nn.Module):
         super().__init__()
         channels = config.latent_dim // (config.patch_size // settings["stride"]) ** 2
         sizes = (config.image_size, settings["stride"], settings["base_width"], settings["residual_blocks"])
-        self.autoencoder = build_autoencoder(*sizes, channels).to(memory_format=torch.channels_last)
+        self.autoencoder = build_autoencoder(*sizes, channels)
         self.kl_weight, self.squared = settings["kl_weight"], settings["reconstruction_loss"] == "squared"
         self._perceptual = (perceptual,)  # frozen: in a tuple it is neither trained nor saved
 
     def forward(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        dtype = self.autoencoder.dtype  # under autocast, that of everything but the layers
+        pixel_values = pixel_values.to(dtype)
         posterior = self.autoencoder.encode(pixel_values).latent_dist
-        mean, log_variance = posterior.mean.float(), posterior.logvar.float()  # (B, c, h, w)
+        mean, log_variance = posterior.mean.to(dtype), posterior.logvar.to(dtype)  # (B, c, h, w)
         side = math.isqrt(noise.shape[1])
         noise = unpatchify(noise.to(mean), mean.shape[-1] // side, (side, side))
-        reconstruction = self.autoencoder.decode(mean + (0.5 * log_variance).exp() * noise).sample.float()
+        reconstruction = self.autoencoder.decode(mean + (0.5 * log_variance).exp() * noise).sample.to(dtype)
         error = pixel_values - reconstruction
         error = error.square() if self.squared else error.abs()
         terms = {
@@ -255,6 +256,8 @@ def train_with(
     perceptual = perceptual_network(
         output_dir / "perceptual", config, settings, source, accelerator, perceptual_weights, loading
     )
+    # Before the seed: a loader's start draws from the generator whose state is saved.
+    watched = next(iter(eval_loader(source, config.image_size, 16)))["pixel_values"]
     torch.manual_seed(seed)
     convolutional = config.tokenizer in CONVOLUTIONAL_TOKENIZERS
     if convolutional:
@@ -294,7 +297,7 @@ def train_with(
         accelerator.print(f"resuming at step {step:,} from {found[-1]}")
     wrapped = accelerator.prepare(module)
     judge = None if discriminator is None else accelerator.prepare(discriminator)
-    batches, watched = iter(loader), next(iter(eval_loader(source, config.image_size, 16)))["pixel_values"]
+    batches = iter(loader)
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -520,15 +523,16 @@ def perceptual_network(
     if not already_there and accelerator.is_main_process:
         if source.label_column is None:
             raise RunError(f"{source.name} has no labels to train the network of the perceptual loss on.")
-        batches_per_epoch = len(source) // LABEL_FEATURES_BATCH
+        batch_size = min(LABEL_FEATURES_BATCH, len(source))
+        batches_per_epoch = len(source) // batch_size
 
         def loader_of_epoch(epoch: int) -> Iterator[dict]:
             return train_loader(
                 source,
                 num_timesteps=1,
                 tokens_shape=(1, 1),
-                global_batch_size=LABEL_FEATURES_BATCH,
-                micro_batch_size=LABEL_FEATURES_BATCH,
+                global_batch_size=batch_size,
+                micro_batch_size=batch_size,
                 start_step=epoch * batches_per_epoch,
                 num_steps=(epoch + 1) * batches_per_epoch,
                 **loading,
