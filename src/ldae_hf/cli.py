@@ -284,9 +284,21 @@ TestSplit = Annotated[str | None, typer.Option(help="Split to test on.")]
 Timestep = Annotated[int | None, typer.Option(help="Timestep of the features; default the model's.")]
 Noise = Annotated[str, typer.Option(help="clean, or frozen: noisy input, one noise per image.")]
 Dtype = Annotated[str, typer.Option(help="Precision of the encoder: float32 or bfloat16.")]
+Floors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--floor", help="One of pixels, latents, untrained, random_patches, or none; may be repeated; default all."
+    ),
+]
 EvaluationSeed = Annotated[int, typer.Option(help="Of the classifier, the floors and frozen noise.")]
 Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
 Ledger = Annotated[Path | None, typer.Option(help="Append the result to this JSON-lines file.")]
+
+
+def chosen_floors(options: dict) -> dict:
+    """The options of a command with its --floor taken apart: none given are all of them, `none` is no floor."""
+    chosen = options.pop("floors")
+    return options if not chosen else options | {"floors": [name for name in chosen if name != "none"]}
 
 
 @app.command()
@@ -299,6 +311,7 @@ def probe(
     epochs: Annotated[int, typer.Option(help="Passes over the cached features.")] = 90,
     timestep: Timestep = None,
     noise: Noise = "clean",
+    floors: Floors = None,
     dtype: Dtype = "float32",
     seed: EvaluationSeed = 0,
     num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
@@ -307,7 +320,8 @@ def probe(
 ):
     """Linear probe of an encoder on cached features, beside its floors.
 
-    The floors: raw pixels, PCA latents, the same encoder untrained, and random whitened patches of the same dimension.
+    The floors: raw pixels, the tokenizer's latents, the same encoder untrained, and random whitened patches of the same
+    dimension.
 
     \b
     ldae probe runs/cifar10/encoder --dataset cifar10
@@ -318,6 +332,7 @@ def probe(
 
     if not learning_rates:
         options.pop("learning_rates")
+    options = chosen_floors(options)
     typer.echo(result_table(run_linear_probe(**options)))
 
 
@@ -331,6 +346,7 @@ def knn(
     temperature: Annotated[float, typer.Option(help="Of their weights, exp(cosine / temperature).")] = 0.07,
     timestep: Timestep = None,
     noise: Noise = "clean",
+    floors: Floors = None,
     dtype: Dtype = "float32",
     seed: EvaluationSeed = 0,
     num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
@@ -346,7 +362,7 @@ def knn(
     from ldae_hf.evaluation.ledger import result_table
     from ldae_hf.evaluation.run import run_knn
 
-    typer.echo(result_table(run_knn(**options)))
+    typer.echo(result_table(run_knn(**chosen_floors(options))))
 
 
 @weights.callback()
