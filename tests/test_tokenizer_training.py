@@ -16,9 +16,9 @@ from ldae_hf.latent_tokenizers import build_autoencoder
 from ldae_hf.patch_covariance import PatchCovariance
 from ldae_hf.patch_tokenizers import patchify
 from ldae_hf.training import RunError, checkpoints, load_images, pretrain, train_tokenizer
+from ldae_hf.training.autoencoders import ConvolutionalTraining, PatchAutoencoderTraining, kl_to_standard_normal
 from ldae_hf.training.checkpointing import CheckpointError, check_folder
 from ldae_hf.training.data import eval_loader
-from ldae_hf.training.tokenizers import ConvolutionalTraining, PatchAutoencoderTraining, kl_to_standard_normal
 
 
 NUM_IMAGES = 20  # two batches of 8 an epoch, and four images that are left out
@@ -209,6 +209,8 @@ def test_a_run_leaves_a_tokenizer_whose_latents_have_unit_variance(kind, runs, i
         "seed": 0,
         "steps": 10,
         "images_seen": 80,
+        "perceptual_loss": "labels" if kind == "retrain_vqgan" else None,
+        "adversarial_weight": 0.5 if kind == "retrain_vqgan" else 0.0,
     }
     processor = LDAEImageProcessor.from_pretrained(folder / "processor")
     assert learned.processor_fingerprint == processor.fingerprint
