@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_runs import Child, dataset_of, encoded, lines
+from forked_runs import Child, dataset_of, encoded, in_processes, lines
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -62,18 +61,7 @@ def train(output_dir, dataset, changes: dict | None = None, processes: int = 1, 
         prepare()
         return pretrain("l_dae", **settings)
 
-    if processes == 1:
-        return Child(run).join()
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    common = dict(WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=port)
-    ranks = [Child(run, common | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(processes)]
-    try:
-        return [rank.join() for rank in ranks][0]
-    finally:
-        for rank in ranks:  # one that waits for another that failed
-            rank.process.kill()
+    return in_processes(run, processes)
 
 
 def use_float64():

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 import torch
-from forked_runs import Child, dataset_of, encoded, lines
+from forked_runs import Child, dataset_of, encoded, in_processes, lines
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
@@ -254,19 +254,59 @@ def test_ten_steps_are_five_and_a_resumed_five_bit_for_bit(kind, runs, images, t
     assert losses[0] == losses[1]
 
 
+def in_double(kind: str, output_dir, images, processes: int = 1, **options) -> list[float]:
+    """The losses of a run in float64, where the order of a sum does not matter."""
+
+    def run():
+        torch.set_default_dtype(torch.float64)
+        settings = dict(tier="cpu", num_workers=0, mixed_precision="no", log_every=1, dataset=images)
+        settings |= dict(output_dir=output_dir, overrides=overrides()) | options
+        return train_tokenizer(NAMES.get(kind, kind), **settings)
+
+    in_processes(run, processes)
+    return [line["loss"] for line in lines(output_dir) if "loss" in line]
+
+
+LAYOUTS = [dict(per_device_batch_size=2), pytest.param(dict(processes=2), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["accumulation", "two-processes"])
 @pytest.mark.parametrize("kind", ["patch_vae", "conv_vae"])
-def test_accumulation_changes_nothing_in_float64(kind, images, tmp_path):
-    def run(output_dir, **options):
+def test_other_layouts_change_nothing_in_float64(kind, layout, images, tmp_path):
+    whole = in_double(kind, tmp_path / "whole", images)
+    assert len(whole) == 10
+    assert in_double(kind, tmp_path / "other", images, **layout) == pytest.approx(whole, rel=1e-10)
+    tokenizers = [LearnedTokenizer.from_pretrained(tmp_path / name / "tokenizer") for name in ("whole", "other")]
+    for name, value in tokenizers[0].buffers.items():
+        torch.testing.assert_close(tokenizers[1].buffers[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_adversary_and_share_its_network_of_labels(images, tmp_path):
+    def run():
+        settings = dict(tier="cpu", num_workers=0, mixed_precision="no", log_every=1, dataset=images)
+        return train_tokenizer("retrain_vqgan", output_dir=tmp_path, overrides=overrides(), **settings)
+
+    assert in_processes(run, 2) == tmp_path / "tokenizer"
+    assert lines(tmp_path)[-2]["discriminator"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_cache_latents_and_train_as_one_does(runs, images, tmp_path):
+    tokenizer = runs("patch_ae")
+
+    def run(name):
         def work():
             torch.set_default_dtype(torch.float64)
             settings = dict(tier="cpu", num_workers=0, mixed_precision="no", log_every=1, dataset=images)
-            recipe = NAMES.get(kind, kind)
-            return train_tokenizer(recipe, output_dir=output_dir, overrides=overrides(), **settings, **options)
+            settings |= dict(overrides=overrides(), tokenizer=tokenizer, cache_latents=True)
+            return pretrain("patch_ae", output_dir=tmp_path / name, **settings)
 
-        Child(work).join()
-        return [line["loss"] for line in lines(output_dir) if "loss" in line]
+        return work
 
-    assert run(tmp_path / "whole") == pytest.approx(run(tmp_path / "parts", per_device_batch_size=2), rel=1e-10)
+    in_processes(run("one"))
+    in_processes(run("two"), 2)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-10)
 
 
 def test_a_finished_run_returns_at_once_and_looks_at_no_data(runs, capfd):
