@@ -3,7 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from ldae_hf.cli import app
+from ldae_hf.cli import app, chosen_floors
 from ldae_hf.recipes import load_recipe, recipe_names, tier_names
 
 
@@ -103,6 +103,12 @@ COMMANDS = [
     ["pretrain"],
     ["probe"],
     ["knn"],
+    ["tokenizer"],
+    ["tokenizer", "train"],
+    ["tokenizer", "evaluate"],
+    ["tokenizer", "filters"],
+    ["weights"],
+    ["weights", "convert"],
 ]
 
 
@@ -115,3 +121,9 @@ def test_every_command_explains_itself(command):
 
 def test_a_bare_command_shows_its_help():
     assert "ldae recipes tree" in ldae().output
+
+
+def test_floors_are_all_of_them_the_chosen_ones_or_none():
+    assert chosen_floors({"seed": 1, "floors": None}) == {"seed": 1}  # the function's own default: all
+    assert chosen_floors({"floors": ["latents", "untrained"]}) == {"floors": ["latents", "untrained"]}
+    assert chosen_floors({"floors": ["none"]}) == {"floors": []}

@@ -381,8 +381,13 @@ def weights_convert(
 ):
     """Write the tensors of a PyTorch checkpoint as safetensors, without running any code that it may hold.
 
+    The perceptual loss LPIPS takes two: VGG-16's, from download.pytorch.org/models, and vgg.pth of LPIPS v0.1, from
+    lpips/weights/v0.1 of github.com/richzhang/PerceptualSimilarity.
+
     \b
     ldae weights convert vgg16-397923af.pth --output lpips/vgg16.safetensors
+    ldae weights convert vgg.pth --output lpips/lpips.safetensors
+    ldae tokenizer train retrain_vqgan --perceptual-weights lpips --output-dir runs/vqgan
     """
     from ldae_hf.weights import convert
 
