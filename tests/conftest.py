@@ -29,6 +29,9 @@ def ldae_data() -> Path:
     return folder
 
 
+FORKING = ("test_pretrain.py", "test_tokenizer_training.py", "test_every_recipe.py")
+
+
 def pytest_collection_modifyitems(items):
     """The tests that fork go first: a fork of a process in which other tests have left threads behind can hang."""
-    items.sort(key=lambda item: item.path.name not in ("test_pretrain.py", "test_tokenizer_training.py"))
+    items.sort(key=lambda item: item.path.name not in FORKING)

@@ -7,15 +7,19 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from forked_runs import Child, dataset_of, encoded, lines
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LearnedTokenizer
 from ldae_hf.configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LEARNED_TOKENIZERS
 from ldae_hf.latent_tokenizers import build_autoencoder
 from ldae_hf.patch_covariance import PatchCovariance
 from ldae_hf.recipes import load_recipe, recipe_names
+from ldae_hf.training import pretrain
 
 
 NARROW = dict(
@@ -191,3 +195,25 @@ def report(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipes_model_comes_back_equal_in_a_fresh_process(name, report):
     assert report[config_of(name)] == {"wrong": [], "prediction": True, "features": True}
+
+
+@pytest.fixture(scope="session")
+def pictures() -> datasets.Dataset:
+    """Twenty pictures of ten classes."""
+    plain = dataset_of([encoded(number) for number in range(20)])
+    classes = datasets.ClassLabel(names=[str(number) for number in range(10)])
+    labels = [number % 10 for number in range(20)]
+    return plain.remove_columns("label").add_column("label", labels).cast_column("label", classes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_goes_from_images_to_an_encoder(name, pictures, tmp_path):
+    overrides = ["train.global_batch_size=8", "tokenizer.global_batch_size=8", "tokenizer.epochs=1"]
+    overrides += ["tokenizer.base_width=8", "train.epochs=2", "train.warmup_epochs=1"]
+    settings = dict(tier="cpu", dataset=pictures, overrides=overrides, num_workers=0, log_every=1)
+    encoder = Child(lambda: pretrain(name, output_dir=tmp_path, **settings)).join()
+    assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3, 4]
+    config = AutoConfig.from_pretrained(encoder)
+    assert config.tokenizer == load_recipe(name, "cpu").model["tokenizer"]
+    assert (config.tokenizer_fingerprint is not None) == (config.tokenizer in LEARNED_TOKENIZERS)

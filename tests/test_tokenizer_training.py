@@ -15,6 +15,7 @@ from ldae_hf.evaluation.feature_maps import load_encoder
 from ldae_hf.latent_tokenizers import build_autoencoder
 from ldae_hf.patch_covariance import PatchCovariance
 from ldae_hf.patch_tokenizers import patchify
+from ldae_hf.recipes import load_recipe
 from ldae_hf.training import RunError, checkpoints, load_images, pretrain, train_tokenizer
 from ldae_hf.training.autoencoders import ConvolutionalTraining, PatchAutoencoderTraining, kl_to_standard_normal
 from ldae_hf.training.checkpointing import CheckpointError, check_folder
@@ -498,3 +499,12 @@ def test_the_labelled_baseline_trains_and_drops_the_same_labels_on_every_layout(
 def test_a_labelled_recipe_on_images_without_labels_is_refused(runs, images, tmp_path):
     with pytest.raises(RunError, match="conditions on class labels, but the data set has none"):
         pretrain_on("dit_baseline", tmp_path, images.remove_columns("label"), tokenizer=runs("retrain_vqgan"))
+
+
+def test_at_full_size_the_autoencoder_is_that_of_latent_diffusion():
+    settings = load_recipe("retrain_vqgan").tokenizer
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(
+            256, settings["stride"], settings["base_width"], settings["residual_blocks"], latent_channels=4
+        )
+    assert sum(parameter.numel() for parameter in autoencoder.parameters()) == 83_653_863  # the released one's
