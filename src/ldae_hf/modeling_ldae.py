@@ -9,7 +9,6 @@ D width · T noise levels · V the first K principal directions of patches · s 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +16,24 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ldae import LDAEConfig
-from .noise_schedules import LOSS_WEIGHTS, NoiseSchedule
-from .patch_tokenizers import TOKENIZERS, PatchTokenizer, Tokenizer, patchify, unpatchify
+from .layers_ldae import (
+    LDAEAttention,
+    LDAEDecoder,
+    LDAELabelEmbedding,
+    LDAELayer,
+    LDAETimestepEmbedding,
+    NoLabels,
+    sincos_positions,
+)
+from .noise_schedules import NoiseSchedule
+from .patch_tokenizers import TOKENIZERS, Tokenizer, patchify, unpatchify
+from .prediction_targets import NETWORK_INPUTS, PREDICTIONS
 
 
 @dataclass
@@ -43,312 +49,6 @@ class LDAEForPreTrainingOutput(ModelOutput):
     prediction: torch.Tensor | None = None
     noisy_tokens: torch.Tensor | None = None
     timesteps: torch.Tensor | None = None
-
-
-# ---------------------------------------------------------------------------------------------- the transformer
-
-
-def sincos_positions(hidden_size: int, grid: tuple[int, int]) -> torch.Tensor:
-    """(1,N,D) fixed 2-D sine-cosine positions as in MAE and DiT: columns in the first half of D, rows in the second."""
-    quarter = hidden_size // 4
-    with torch.device("cpu"):  # also where a model is being built on the meta device
-        frequencies = 10000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-        rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
-    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (rows, columns))
-    rows, columns = rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()
-
-
-def linear(in_features: int, out_features: int, initial_std: float) -> nn.Linear:
-    """A linear layer that starts normally distributed, or at zero, where others start Xavier-uniform.
-
-    The layer says so itself because transformers leaves `_init_weights` out for modules without tensors of their own
-    (a block, the decoder) in classes that are not transformers' own.
-    """
-    layer = nn.Linear(in_features, out_features)
-    layer.initial_std = initial_std
-    return layer
-
-
-class LDAETimestepEmbedding(nn.Module):
-    """t -> 256 sinusoids (cosines, then sines) -> two-layer MLP -> the condition (B,D), as in DiT."""
-
-    num_frequencies = 256
-
-    def __init__(self, config: LDAEConfig):
-        super().__init__()
-        self.freq_shift = config.timestep_freq_shift
-        self.fc1 = linear(self.num_frequencies, config.hidden_size, initial_std=0.02)
-        self.fc2 = linear(config.hidden_size, config.hidden_size, initial_std=0.02)
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        half = self.num_frequencies // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-        exponents = -math.log(10000) * exponents / (half - self.freq_shift)
-        angles = timesteps[:, None].float() * exponents.exp()  # (B, 128)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))  # (B, D)
-
-
-class LDAELabelEmbedding(nn.Module):
-    """A class -> what it adds to the condition (B,D), as in DiT; the last row of the table stands for "no class"."""
-
-    def __init__(self, config: LDAEConfig):
-        super().__init__()
-        self.num_classes, self.dropout_prob = config.num_classes, config.class_dropout_prob
-        self.table = nn.Embedding(config.num_classes + 1, config.hidden_size)
-
-    def forward(self, conditioning: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Adds the classes `labels` (B,), None for "no class" in all of the batch, to the condition.
-
-        Raises:
-            ValueError: a label is no integer or outside 0 ... num_classes (which is "no class"); an accelerator's
-                tensors are not read back.
-        """
-        if labels is None:
-            return conditioning + self.table.weight[-1:]
-        if labels.is_floating_point() or labels.shape[0] not in (1, conditioning.shape[0]):
-            raise ValueError(
-                f"labels must be {conditioning.shape[0]} integers, one for each image, "
-                f"not {labels.dtype} of shape {tuple(labels.shape)}."
-            )
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high > self.num_classes:
-                raise ValueError(
-                    f"Labels must lie in 0 ... {self.num_classes - 1} (num_classes={self.num_classes}), "
-                    f"but {low if low < 0 else high} was given."
-                )
-        return conditioning + self.table(labels)
-
-    def drop(self, labels: torch.Tensor | None, dropped: torch.Tensor | None) -> torch.Tensor | None:
-        """Replaces labels (B,) by "no class" where `dropped` (B,) says so; in training it is drawn if not given."""
-        if labels is None:
-            return None
-        if dropped is None:
-            drawn = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
-            dropped = drawn if self.training else torch.zeros_like(drawn)
-        return torch.where(dropped.to(labels.device), self.num_classes, labels)
-
-
-class NoLabels(nn.Module):
-    """The condition as it is: what every model after the DiT baseline has in the place of a label embedding."""
-
-    def forward(self, conditioning: torch.Tensor, labels: None = None) -> torch.Tensor:
-        return conditioning
-
-    def drop(self, labels: torch.Tensor | None, dropped: torch.Tensor | None) -> None:
-        if labels is not None:
-            raise ValueError("This model has no class labels (num_classes=None); leave `labels` out.")
-
-
-def modulation_mlp(config: LDAEConfig, num_chunks: int) -> nn.Sequential:
-    """The condition -> `num_chunks` shifts, scales and gates of width D. The last layer starts at zero (adaLN-Zero)."""
-    width, hidden = config.hidden_size, config.conditioning_hidden_size
-    last = linear(hidden or width, num_chunks * width, initial_std=0)
-    if hidden is None:  # DiT
-        return nn.Sequential(nn.SiLU(), last)
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), last)  # Appendix A
-
-
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm(h) · (1 + scale) + shift, (B,N,D). A condition that the batch shares is the norm's own affine."""
-    if shift.shape[0] == 1:
-        weight, bias = ((1 + scale[0]).to(hidden_states.dtype), shift[0].to(hidden_states.dtype))
-        return F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
-    normalised = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps).to(scale.dtype)
-    return torch.addcmul(shift[:, None], normalised, 1 + scale[:, None])
-
-
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(Q Kᵀ · scaling) V written out: (B,heads,N,D/heads) -> (B,N,heads,D/heads), and the weights."""
-    # In their own dtype: torch sums in fp32 inside, and a cast there and back costs a tenth of a bf16 step on a CPU.
-    weights = torch.matmul(query * scaling, key.transpose(2, 3)).softmax(dim=-1).to(query.dtype)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-class LDAEAttention(nn.Module):
-    """Multi-head self-attention over all tokens, through transformers' attention interface."""
-
-    is_causal = False
-
-    def __init__(self, config: LDAEConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, length, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, length, 3, -1, self.head_dim).unbind(2)
-        query, key, value = (part.transpose(1, 2) for part in qkv)  # (B, heads, N, D/heads) each
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        context, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0)
-        return self.projection(context.reshape(batch, length, -1)), weights
-
-
-class LDAEMLP(nn.Module):
-    def __init__(self, config: LDAEConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
-
-
-class LDAELayer(GradientCheckpointingLayer):
-    """A ViT block whose norms and residual gates are set by the condition (adaLN-Zero of DiT)."""
-
-    def __init__(self, config: LDAEConfig):
-        super().__init__()
-        self.eps = config.layer_norm_eps
-        self.modulation = modulation_mlp(config, 6)
-        self.attention = LDAEAttention(config)
-        self.mlp = LDAEMLP(config)
-
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
-        attended, _ = self.attention(modulate(hidden_states, shift, scale, self.eps))
-        hidden_states = torch.addcmul(hidden_states, gate[:, None], attended)
-        transformed = self.mlp(modulate(hidden_states, mlp_shift, mlp_scale, self.eps))
-        return torch.addcmul(hidden_states, mlp_gate[:, None], transformed)  # (B, N, D)
-
-
-class LDAEDecoder(nn.Module):
-    """The second half of the blocks, a modulated norm, and a linear layer to `output_dim` values per token."""
-
-    def __init__(self, config: LDAEConfig, output_dim: int):
-        super().__init__()
-        self.eps = config.layer_norm_eps
-        self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.decoder_num_hidden_layers)])
-        self.modulation = modulation_mlp(config, 2)
-        self.head = linear(config.hidden_size, output_dim, initial_std=0)
-
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, conditioning)
-        shift, scale = self.modulation(conditioning).chunk(2, dim=-1)
-        return self.head(modulate(hidden_states, shift, scale, self.eps))  # (B, N, output_dim)
-
-
-# ------------------------------------------------------------------------- what the network is shown and asked for
-# A prediction target compares (`squared_error`, Σ_i w_i r_i² of each token) and reads the clean patches out of an
-# answer (`clean_patches`). V is orthonormal, so the part of an error outside the K directions has the squared length
-# |e|² - |V e|² (Pythagoras): Eq. 4 never needs the other P - K directions.
-
-
-def latent_input(tokenizer: Tokenizer, noisy_tokens: torch.Tensor) -> torch.Tensor:
-    """The network sees z_t, (B,N,K)."""
-    return noisy_tokens
-
-
-def pixel_input(tokenizer: PatchTokenizer, noisy_tokens: torch.Tensor) -> torch.Tensor:
-    """The network sees the image x_t = mean + Vᵀ z_t / s, (B,N,P)."""
-    return tokenizer.decode(noisy_tokens)
-
-
-def equal_weight(gammas: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """lambda_t = 1, of every noise target."""
-    return torch.ones_like(gammas)
-
-
-class PredictNoise:
-    """The answer is eps, (B,N,K)."""
-
-    answers_in_latents = True
-
-    def __init__(self, config: LDAEConfig):
-        self.loss_weight = equal_weight
-
-    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
-        return (noise - prediction).square().sum(-1)
-
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        return tokenizer.decode((noisy_tokens - sigmas * prediction) / gammas)
-
-
-class PredictLatent:
-    """The answer is z, (B,N,K)."""
-
-    answers_in_latents = True
-
-    def __init__(self, config: LDAEConfig):
-        self.loss_weight = LOSS_WEIGHTS[config.loss_weighting]
-
-    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
-        return (tokens - prediction).square().sum(-1)
-
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        return tokenizer.decode(prediction)
-
-
-class PredictReconstruction:
-    """The answer is decode(z), (B,N,P): the image without its tail outside the K directions."""
-
-    answers_in_latents = False
-
-    def __init__(self, config: LDAEConfig):
-        self.loss_weight = LOSS_WEIGHTS[config.loss_weighting]
-
-    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
-        return tokenizer.loss_scale**2 * (tokenizer.decode(tokens) - prediction).square().sum(-1)
-
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        return prediction
-
-
-class PredictImage(PredictReconstruction):
-    """l-DAE: the answer is the original image, (B,N,P), with the tail weighted down (Eq. 4)."""
-
-    def __init__(self, config: LDAEConfig):
-        super().__init__(config)
-        self.residual_weight = config.residual_weight
-
-    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
-        error = patches - prediction
-        inside = tokenizer.project(error).square().sum(-1)
-        weight = self.residual_weight
-        return tokenizer.loss_scale**2 * (weight * error.square().sum(-1) + (1 - weight) * inside)
-
-
-class PredictNoiseInImage:
-    """Footnote 4: noise prediction in the final model. s V answer is eps; the tail is the image's, weighted down."""
-
-    answers_in_latents = False
-
-    def __init__(self, config: LDAEConfig):
-        self.loss_weight = equal_weight
-        self.residual_weight = config.residual_weight
-
-    def squared_error(self, tokenizer, prediction, patches, tokens, noise):
-        inside = (noise - tokenizer.project(prediction) * tokenizer.scales).square().sum(-1)
-        error = patches - tokenizer.mean - prediction
-        tail = error.square().sum(-1) - tokenizer.project(error).square().sum(-1)
-        return inside + self.residual_weight * tokenizer.loss_scale**2 * tail
-
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        coefficients = tokenizer.project(prediction)
-        tail = prediction - tokenizer.unproject(coefficients)
-        return tokenizer.decode((noisy_tokens - sigmas * coefficients * tokenizer.scales) / gammas) + tail
-
-
-NETWORK_INPUTS = {"latent": latent_input, "pixel": pixel_input}
-
-PREDICTIONS = {
-    ("latent", "noise"): PredictNoise,
-    ("latent", "latent"): PredictLatent,
-    ("pixel", "noise"): PredictNoiseInImage,
-    ("pixel", "latent"): PredictLatent,
-    ("pixel", "reconstruction"): PredictReconstruction,
-    ("pixel", "image"): PredictImage,
-}
-
-
-# ------------------------------------------------------------------------------------------------------ the models
 
 
 # Keywords that transformers hands to every forward, beside our own.

@@ -1,5 +1,5 @@
-"""What a tokenizer keeps of an image: the error of encode and decode, beside PCA at the same K, and what the latents tell
-of the labels (a linear probe on them).
+"""What a tokenizer keeps of an image: the error of encode and decode beside PCA's at the same K, and what its latents
+tell of the labels (a linear probe on them).
 """
 
 import json
