@@ -383,7 +383,7 @@ def test_a_tracker_is_fed_beside_the_log(images, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_checkpoint_is_overwritten(images, tmp_path):
     wild = {"train.base_learning_rate": 1e30, "train.warmup_epochs": 0}
-    with pytest.raises(ValueError, match=r"loss is (nan|inf).* at step 2; .*step-00000001 is intact"):
+    with pytest.raises(ValueError, match=r"At step 2 loss is (nan|inf).*step-00000001 is intact"):
         train(tmp_path, images, wild, checkpoint_every=1, keep_checkpoints=1)
     (kept,) = checkpoints(tmp_path / "checkpoints")
     assert kept.name == "step-00000001" and list(losses(tmp_path)) == [1]

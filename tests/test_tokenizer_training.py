@@ -20,6 +20,7 @@ from ldae_hf.training import RunError, checkpoints, load_images, pretrain, train
 from ldae_hf.training.autoencoders import ConvolutionalTraining, PatchAutoencoderTraining, kl_to_standard_normal
 from ldae_hf.training.checkpointing import CheckpointError, check_folder
 from ldae_hf.training.data import eval_loader
+from ldae_hf.training.sampling import epoch_order
 
 
 NUM_IMAGES = 20  # two batches of 8 an epoch, and four images that are left out
@@ -470,13 +471,35 @@ def test_what_does_not_go_together_is_one_clear_sentence(kind, changes, options,
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("patch_vae", {}, "has tokenizer='patch_vae' but the learned tokenizer has tokenizer='patch_ae'"),
+        ("patch_vae", {}, "has tokenizer='patch_vae', but the given tokenizer has tokenizer='patch_ae'"),
         ("patch_ae", {"model.latent_dim": 5}, "latent_dim=4"),
     ],
 )
 def test_a_tokenizer_for_another_model_is_refused(kind, changes, message, runs, images, tmp_path):
     with pytest.raises(ValueError, match=message):
         pretrain_on(kind, tmp_path / "run", images, changes, tokenizer=runs("patch_ae"))
+    assert not (tmp_path / "run" / "tokenizer").exists()  # the folder is not spoilt for the right one
+
+
+def test_a_tokenizer_is_measured_on_images_drawn_at_random(images, tmp_path):
+    torch.manual_seed(0)
+    build_autoencoder(16, 2, 8, 1, latent_channels=1).save_pretrained(tmp_path / "released")
+    changes = {"tokenizer.pretrained": str(tmp_path / "released"), "tokenizer.fit_patches": 5 * 16}
+    measured = LearnedTokenizer.from_pretrained(train("retrain_vqgan", tmp_path / "run", images, changes))
+    source = load_images(images)
+    processor = LDAEImageProcessor.from_pretrained(tmp_path / "run" / "processor")
+    pixels = torch.stack([batch["pixel_values"][0] for batch in eval_loader(source, 16, 1)])
+    chosen = epoch_order(0, 0, len(source))[:5].tolist()
+    assert sorted(chosen) != [0, 1, 2, 3, 4]
+    latents = measured.module("none").encode(processor.normalize_pixels(pixels[chosen])).flatten(0, 1)
+    torch.testing.assert_close(measured.buffers["explained_variance"], latents.var(0), rtol=1e-4, atol=1e-7)
+
+
+def test_time_that_is_over_stops_the_training_of_a_tokenizer_too(images, tmp_path):
+    assert pretrain_on("patch_ae", tmp_path, images, max_minutes=1e-9) is None
+    assert not (tmp_path / "tokenizer").exists() and not (tmp_path / "checkpoints").exists()
+    assert len(lines(tmp_path / "tokenizer-training")) == 1
+    assert pretrain_on("patch_ae", tmp_path, images) == tmp_path / "encoder"
 
 
 # ---- class labels

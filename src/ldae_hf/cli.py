@@ -243,6 +243,7 @@ def tokenizer_evaluate(
     test_split: Annotated[str, typer.Option(help="Split to test on.")] = "test",
     probe: Annotated[bool, typer.Option(help="Fit a linear probe on the latents too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the probe.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images of one pass.")] = 64,
     num_workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 2,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Append the result to this JSON-lines file.")] = None,

@@ -23,6 +23,11 @@ from .patch_tokenizers import TOKENIZERS
 
 CONFIG_NAME = "ldae_tokenizer.json"
 WEIGHTS_NAME = "ldae_tokenizer.safetensors"
+# The keys of an AutoencoderKL's configuration that its forward pass depends on.
+_SHAPING = (
+    "act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block mid_block_add_attention "
+    "norm_num_groups out_channels up_block_types use_post_quant_conv use_quant_conv"
+).split()
 _STATED = {"tokenizer": str, "patch_size": int, "latent_dim": int, "fingerprint": str, "training": dict}
 
 
@@ -36,7 +41,7 @@ class LearnedTokenizer:
         buffers: of the model's tokenizer module, fp32: `explained_variance` (K,), measured on training crops, and of a
             patch-wise one `components`, `decoder_components` (K,P) and `mean` (P,).
         autoencoder: of a convolutional one, diffusers' `AutoencoderKL`.
-        processor_fingerprint: of the processor whose mean the patches were centred by; None if none was.
+        processor_fingerprint: of the processor that was there in the training; None for a released autoencoder.
         training: how it came to be, for people.
 
     Raises:
@@ -60,26 +65,32 @@ class LearnedTokenizer:
                 f"latent_dim={self.latent_dim} must lie in 1 ... {patch_dim}, the values of a patch of "
                 f"{self.patch_size} pixels."
             )
-        module = TOKENIZERS[self.tokenizer](self.patch_size, 3, self.latent_dim, "none")
-        expected = {name: tuple(value.shape) for name, value in module.named_buffers()}
+        expected = {"explained_variance": (self.latent_dim,)}
+        if self.tokenizer not in CONVOLUTIONAL_TOKENIZERS:
+            expected |= dict.fromkeys(("components", "decoder_components"), (self.latent_dim, patch_dim))
+            expected["mean"] = (patch_dim,)
         found = {name: tuple(value.shape) for name, value in self.buffers.items()}
         if found != expected:
             raise ValueError(f"A {self.tokenizer} tokenizer of this size has the tensors {expected}, not {found}.")
         if not all(value.isfinite().all() for value in self.buffers.values()):
             raise ValueError("The tokenizer's tensors hold values that are not finite; train it again.")
+        if not (self.buffers["explained_variance"] > 0).all():
+            raise ValueError("A latent of the tokenizer has no variance: it says nothing; train it again.")
         if (self.tokenizer in CONVOLUTIONAL_TOKENIZERS) != (self.autoencoder is not None):
             raise ValueError(
-                f"tokenizer={self.tokenizer!r} {'needs' if self.autoencoder is None else 'has no'} autoencoder."
+                f"tokenizer={self.tokenizer!r} {'needs an' if self.autoencoder is None else 'has no'} autoencoder."
             )
         if self.autoencoder is not None:
             check_geometry(self.autoencoder, self.patch_size, self.latent_dim)
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the kind and of all tensors, in fp32."""
+        """sha256 (hex) of the kind, of all tensors in fp32, and of what the autoencoder makes of them."""
         digest = sha256(f"{self.tokenizer} {self.patch_size} {self.latent_dim} ".encode())
         tensors = dict(self.buffers)
         if self.autoencoder is not None:
+            shaping = {key: self.autoencoder.config[key] for key in _SHAPING}
+            digest.update(json.dumps(shaping, sort_keys=True).encode())
             tensors |= {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         for name, value in sorted(tensors.items()):
             digest.update(f"{name} {tuple(value.shape)} ".encode())
@@ -100,7 +111,11 @@ class LearnedTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         if self.autoencoder is not None:
             self.autoencoder.save_pretrained(folder)
-        save_file({name: value.cpu().contiguous() for name, value in self.buffers.items()}, folder / WEIGHTS_NAME)
+            config = json.loads((folder / "config.json").read_text())
+            config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        buffers = {name: value.cpu().contiguous().clone() for name, value in self.buffers.items()}  # U may be V
+        save_file(buffers, folder / WEIGHTS_NAME)
         stated = {
             "tokenizer": self.tokenizer,
             "patch_size": self.patch_size,
@@ -122,10 +137,13 @@ class LearnedTokenizer:
         """
         where = dict(subfolder=subfolder, revision=resolve_revision(pretrained_model_name_or_path, revision))
         named = f"{pretrained_model_name_or_path}{f' (subfolder {subfolder})' if subfolder else ''}"
-        files = [
-            cached_file(pretrained_model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **where)
-            for name in (CONFIG_NAME, WEIGHTS_NAME)
-        ]
+        try:
+            files = [
+                cached_file(pretrained_model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **where)
+                for name in (CONFIG_NAME, WEIGHTS_NAME)
+            ]
+        except OSError as error:
+            raise ValueError(f"There is no learned tokenizer at {named}: {_in_one_line(error)}") from error
         if None in files:
             raise ValueError(f"{named} holds no learned tokenizer: {CONFIG_NAME} and {WEIGHTS_NAME} belong there.")
         try:
@@ -178,12 +196,21 @@ def load_autoencoder(name_or_path: str | Path, **where) -> AutoencoderKL:
     Raises:
         ValueError: it is not there, or not in that form.
     """
+    options = dict(use_safetensors=True, output_loading_info=True) | where
     try:
-        return AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True, **where)
-    except OSError as error:
+        autoencoder, info = AutoencoderKL.from_pretrained(name_or_path, **options)
+    # diffusers' and torch's own, for files that are missing, broken or at odds, and configurations of nothing.
+    except (OSError, ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"There is no AutoencoderKL in safetensors at {name_or_path}: {' '.join(str(error).split())[:300]}"
+            f"There is no AutoencoderKL in safetensors at {name_or_path}: {_in_one_line(error)}"
         ) from error
+    if missing := sorted(info["missing_keys"]):  # left without values
+        raise ValueError(f"The AutoencoderKL at {name_or_path} lacks weights, the first is {missing[0]!r}.")
+    return autoencoder
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def autoencoder_stride(autoencoder: AutoencoderKL) -> int:
@@ -192,8 +219,13 @@ def autoencoder_stride(autoencoder: AutoencoderKL) -> int:
 
 
 def check_geometry(autoencoder: AutoencoderKL, patch_size: int, latent_dim: int) -> None:
-    """Raises ValueError unless the autoencoder's latents make tokens of this size."""
+    """Raises ValueError unless the autoencoder takes colour images and its latents make tokens of this size."""
     stride, channels = autoencoder_stride(autoencoder), autoencoder.config.latent_channels
+    if autoencoder.config.in_channels != 3 or autoencoder.config.out_channels != 3:
+        raise ValueError(
+            f"The autoencoder turns {autoencoder.config.in_channels} channels into {autoencoder.config.out_channels}; "
+            "it has to take and give colour images, of 3."
+        )
     if patch_size % stride or (patch_size // stride) ** 2 * channels != latent_dim:
         raise ValueError(
             f"The autoencoder has stride {stride} and {channels} channels: a patch of {patch_size} pixels makes "

@@ -75,7 +75,7 @@ class LDAELabelEmbedding(nn.Module):
         """
         if labels is None:
             return conditioning + self.table.weight[-1:]
-        if labels.is_floating_point() or labels.shape[0] not in (1, conditioning.shape[0]):
+        if labels.dtype not in (torch.int64, torch.int32) or labels.shape not in ((1,), conditioning.shape[:1]):
             raise ValueError(
                 f"labels must be {conditioning.shape[0]} integers, one for each image, "
                 f"not {labels.dtype} of shape {tuple(labels.shape)}."

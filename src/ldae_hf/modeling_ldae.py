@@ -155,10 +155,16 @@ class LDAEPreTrainedModel(PreTrainedModel):
         """Copies the PCA basis of a fitted [`LDAEImageProcessor`] into the model and its fingerprint into the config.
 
         Raises:
-            ValueError: the processor is not fitted, or it was made for another patch, latent size or latent scaling.
+            ValueError: the processor is not fitted, it was made for another patch, latent size or latent scaling, or
+                the model has its learned tokenizer already.
         """
         if not processor.fitted:
             raise ValueError("This processor has no PCA basis yet; call processor.fit(images) first.")
+        if self.config.tokenizer_fingerprint is not None:
+            raise ValueError(
+                "This model has its learned tokenizer already, which the basis of a processor would replace; "
+                "call model.set_processor(processor) before model.set_tokenizer(...)."
+            )
         self._check_processor_geometry(processor)
         tokenizer = self.base_model.tokenizer
         for name, value in tokenizer.fitted(*processor.basis).items():
@@ -269,8 +275,10 @@ class LDAEModel(LDAEPreTrainedModel):
         """(rows, columns) of patches of these images.
 
         Raises:
-            ValueError: not a batch of floating-point images with the right number of channels.
+            ValueError: no images, or not a batch of floating-point images with the right number of channels.
         """
+        if pixel_values is None:
+            raise ValueError("There are no pixel_values.")
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be normalised by the processor, not {pixel_values.dtype}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
@@ -358,6 +366,8 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
             ValueError: an input does not fit the model.
         """
         refuse_unknown(kwargs)
+        if pixel_values is None and tokens is None:
+            raise ValueError("forward() needs pixel_values, or tokens in their place.")
         grid = self.ldae.grid_of(pixel_values) if tokens is None else self.square_grid(tokens)
         tokens = self.ldae.tokenizer.encode(pixel_values) if tokens is None else tokens  # (B, N, K)
         timesteps, noise = self.ldae.schedule.sample(tokens, timesteps, noise)

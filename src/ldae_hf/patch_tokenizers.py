@@ -12,16 +12,25 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def patch_grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches of images (B,C,H,W).
+
+    Raises:
+        ValueError: the image is not made of whole patches.
+    """
+    height, width = pixel_values.shape[2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"An image of {height}x{width} pixels is not made of whole {patch_size}x{patch_size} patches.")
+    return height // patch_size, width // patch_size
+
+
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B,C,H,W) -> (B,N,P): the patches row by row, each in (channel, row, column) order as a convolution sees it.
 
     Raises:
         ValueError: the image is not made of whole patches.
     """
-    batch, channels, height, width = pixel_values.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"An image of {height}x{width} pixels is not made of whole {patch_size}x{patch_size} patches.")
-    rows, columns = height // patch_size, width // patch_size
+    (batch, channels), (rows, columns) = pixel_values.shape[:2], patch_grid(pixel_values, patch_size)
     patches = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
 
@@ -219,10 +228,9 @@ class ConvolutionalTokenizer(Tokenizer):
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B,C,H,W) -> (B,N,K), the means of the posterior."""
-        autoencoder = self.autoencoder(pixel_values.device)
+        autoencoder, (_, columns) = self.autoencoder(pixel_values.device), patch_grid(pixel_values, self.patch_size)
         latents = autoencoder.encode(pixel_values.to(autoencoder.dtype)).latent_dist.mode()  # (B, c, h, w)
-        stride = pixel_values.shape[-1] // latents.shape[-1]
-        return patchify(latents.to(self.explained_variance.dtype), self.patch_size // stride) * self.scales
+        return patchify(latents.to(self.explained_variance.dtype), latents.shape[-1] // columns) * self.scales
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,N,K) -> (B,N,P), of square images.

@@ -30,7 +30,7 @@ def denoising_figure(
     Args:
         pixels: (n,C,H,W) uint8 crops, a few; one row each.
         path: the picture's file, `.png` or `.svg`.
-        timesteps: noise levels; default about a quarter, a half and all of the schedule.
+        timesteps: noise levels; default about a quarter, a half and all of the levels that hold signal.
         num_filters: how many of the K directions are shown.
         seed: of the noise.
 
@@ -38,7 +38,7 @@ def denoising_figure(
         `path`.
     """
     model.check_processor(processor)
-    levels = model.config.num_noise_levels
+    levels = int((model.ldae.schedule.gammas > 0).sum())
     timesteps = timesteps or tuple(sorted({(levels - 1) * part // 4 for part in (1, 2, 4)}))
     images = processor.normalize_pixels(pixels)
     was_training, generator = model.training, torch.Generator().manual_seed(seed)

@@ -30,7 +30,7 @@ def run_reconstruction(
     probe: bool = False,
     learning_rates: Sequence[float] = LEARNING_RATES,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 64,
     num_workers: int = 2,
     device: str | torch.device | None = None,
     cache_dir: str | Path | None = FEATURE_CACHE,
@@ -55,15 +55,19 @@ def run_reconstruction(
     Raises:
         ValueError: from the tokenizer, the processor or the data set.
     """
+    if probe and isinstance(dataset, ImageSource):
+        raise ValueError("A probe needs the training images beside the test images; name the data set.")
     folder = tokenizer_folder(tokenizer)
     learned = LearnedTokenizer.from_pretrained(folder)
     processor = LDAEImageProcessor.from_pretrained(processor or folder.parent / "processor")
-    if learned.processor_fingerprint not in (None, processor.fingerprint):
-        raise ValueError(f"The tokenizer in {folder} was trained with another processor than this one.")
+    same_basis = learned.processor_fingerprint in (None, processor.fingerprint)
+    if not same_basis or learned.patch_size != processor.patch_size:
+        raise ValueError(f"The tokenizer in {folder} goes with another processor than this one.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pca = PatchPCA(processor.patch_size, 3, learned.latent_dim, "global")
     pca.load_state_dict({name: value.float() for name, value in pca.fitted(*processor.basis).items()})
-    modules = {"learned": learned.module().to(device), "pca": pca.to(device)}
+    # The scaling changes no reconstruction, but the cached latents are kept under the processor's.
+    modules = {"learned": learned.module(processor.latent_scaling).to(device), "pca": pca.to(device)}
     source = dataset if isinstance(dataset, ImageSource) else load_images(dataset, test_split)
     errors, images, bad = reconstruction_errors(modules, source, processor, device, batch_size, num_workers, progress)
     row = {
@@ -109,7 +113,7 @@ def reconstruction_errors(
     source: ImageSource,
     processor: LDAEImageProcessor,
     device: torch.device,
-    batch_size: int = 256,
+    batch_size: int = 64,
     num_workers: int = 2,
     progress: bool = True,
 ) -> tuple[dict[str, float], int, int]:
@@ -120,13 +124,15 @@ def reconstruction_errors(
     for batch in eval_loader(source, processor.image_size, batch_size, num_workers):
         bad_images |= {bad["index"] for bad in batch["bad_images"]}
         good = torch.tensor([sample_id not in bad_images for sample_id in batch["sample_ids"].tolist()])
+        bar.update(len(good))
+        if not good.any():
+            continue
         pixels = processor.normalize_pixels(batch["pixel_values"][good].to(device))
         patches = patchify(pixels, processor.patch_size)
         for name, module in modules.items():
             error = (patches - module.decode(module.encode(pixels))).double().square().sum().item()
             sums[name] += error / values
         images += len(pixels)
-        bar.update(len(good))
     bar.close()
     if not images:
         raise ValueError(f"No image of {source.name} can be read.")

@@ -117,12 +117,13 @@ class Loop:
         return bool(self.accelerator.reduce(torch.tensor(float(over), device=self.accelerator.device)).item())
 
     def check_finite(self, line: dict) -> None:
-        """Raises RunError, before anything is saved, if the loss or the gradient of a report is not finite."""
-        if math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"]):
+        """Raises RunError, before anything is saved, if the loss, the gradient or another number is not finite."""
+        wrong = [f"{name} is {value}" for name, value in line.items() if not math.isfinite(value)]
+        if not wrong:
             return
         found = checkpoints(self.folder)
         raise RunError(
-            f"The loss is {line['loss']} and the gradient's norm {line['gradient_norm']} at step {line['step']}; "
+            f"At step {line['step']} {' and '.join(wrong)}; "
             f"{f'{found[-1]} is intact' if found else 'nothing has been saved'}, and another --output-dir with a "
             "smaller learning rate, or with clipped gradients, may go further."
         )

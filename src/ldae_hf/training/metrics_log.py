@@ -48,7 +48,9 @@ class MetricsLog:
 
     def add(self, numbers: dict[str, torch.Tensor], waited: float, seconds: float, images: int) -> None:
         """One optimizer step: its numbers stay on the device until the next report."""
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in numbers.items()}
+        for name, value in numbers.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + value, count + 1
         self.waited, self.seconds = self.waited + waited, self.seconds + seconds
         self.images, self.steps = self.images + images, self.steps + 1
 
@@ -57,8 +59,8 @@ class MetricsLog:
         was spent waiting for data. All processes call it."""
         began = time.monotonic()
         means = {
-            name: self.accelerator.reduce(torch.as_tensor(value), "mean").item() / self.steps
-            for name, value in self.sums.items()
+            name: self.accelerator.reduce(torch.as_tensor(total), "mean").item() / count
+            for name, (total, count) in self.sums.items()
         }
         self.seconds += time.monotonic() - began  # only here does the host wait until the device is done
         self.total_images += self.images

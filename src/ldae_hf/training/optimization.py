@@ -43,13 +43,15 @@ class Plan:
         num_processes: int,
         per_device_batch_size: int | None,
         section: str = "train",
+        largest: int = 256,
     ) -> "Plan":
         """Resolves a recipe.
 
         Args:
             section: `"train"`, or `"tokenizer"` for the training of its tokenizer, which has no warm-up and no EMA.
+            largest: images of one forward pass at most, where `per_device_batch_size` is not given.
             per_device_batch_size: images of one forward pass; default the largest that divides the global batch's
-                share of one process and is at most 256.
+                share of one process and is at most `largest`.
 
         Raises:
             ValueError: the global batch does not split over the processes and the per-device batches, or the data set
@@ -66,7 +68,7 @@ class Plan:
             raise ValueError(f"A global batch of {batch} does not split over {num_processes} processes.")
         share = batch // num_processes
         if per_device_batch_size is None:
-            per_device_batch_size = max(size for size in range(1, min(share, 256) + 1) if share % size == 0)
+            per_device_batch_size = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
         if per_device_batch_size < 1 or share % per_device_batch_size:
             raise ValueError(
                 f"A per-device batch of {per_device_batch_size} does not divide the {share} images that each of "

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import AutoModelForPreTraining
 
+from ..configuration_ldae import LEARNED_TOKENIZERS
 from ..image_processing_ldae import LDAEImageProcessor
 from ..modeling_ldae import LDAEForPreTraining
 from ..recipes import Recipe, load_recipe
@@ -36,8 +37,8 @@ from .metrics_log import MetricsLog
 from .optimization import ExponentialMovingAverage, Plan, adamw, training_flops_per_image
 from .run_folder import check_options, check_same_run, identity, make_accelerator
 from .sources import ImageSource
-from .token_cache import cache_tokens
-from .tokenizers import tokenizer_for_run
+from .token_cache import cache_tokens, check_cacheable
+from .tokenizers import check_given, check_trainable, tokenizer_for_run
 
 
 # Called with the unwrapped model (in eval mode, with the EMA's weights if there is one) and the processor; returns
@@ -94,7 +95,8 @@ def pretrain(
         tokenizer: a folder that [`train_tokenizer`] wrote, for a recipe with a learned tokenizer; by default it is
             trained first, in `output_dir`. Its processor is used if no other is given.
         perceptual_weights: as in [`train_tokenizer`].
-        cache_latents: encode every image once and train on what is kept; for latent targets and centre crops.
+        cache_latents: encode every image once, in fp32, and train on what is kept; for latent targets and centre crops.
+            (Without it images are encoded under the precision of the run.)
         seed: of initialisation, order, crops, timesteps and noise.
         per_device_batch_size: images of one forward pass; the rest of the global batch is accumulated.
         num_workers: processes that decode images.
@@ -148,6 +150,10 @@ def pretrain(
         num_images=num_images,
     )
     check_labels(config.num_classes, source)
+    if not check_given(tokenizer, output_dir, recipe, config):
+        check_trainable(recipe, config, source, perceptual_weights)
+    if cache_latents:
+        check_cacheable(config, data, source)
     plan = Plan.derive(recipe, len(source), accelerator.num_processes, per_device_batch_size)
     run |= {"num_images": plan.num_images, "streaming": source.streaming}
     check_same_run(output_dir, run)
@@ -175,8 +181,13 @@ def pretrain(
         seed=seed,
         num_workers=num_workers,
         mixed_precision=mixed_precision,
+        log_every=log_every,
+        max_minutes=None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60,
     )
-    learned = tokenizer_for_run(output_dir, tokenizer, recipe, config, source, accelerator, training)
+    learned = tokenizer_for_run(output_dir, tokenizer, recipe, config, processor, accelerator, training)
+    if learned is None and config.tokenizer in LEARNED_TOKENIZERS:  # the time is over
+        accelerator.end_training()
+        return None
     torch.manual_seed(seed)
     if attn_implementation is None:
         slow_backward = accelerator.device.type == "cpu" and mixed_precision == "bf16"
@@ -322,10 +333,12 @@ def check_labels(num_classes: int | None, source: ImageSource) -> None:
             f"The recipe conditions on class labels, but {source.name} has none; name its label column, or train "
             "remove_class_labels."
         )
-    if source.label_names is not None and len(source.label_names) != num_classes:
+    if source.label_names is None and source.streaming:
+        return  # nobody knows
+    if source.num_classes != num_classes:
         raise RunError(
-            f"The recipe has {num_classes} classes, {source.name} has {len(source.label_names)}; "
-            f"give --set model.num_classes={len(source.label_names)}."
+            f"The recipe has {num_classes} classes, {source.name} has {source.num_classes}; "
+            f"give --set model.num_classes={source.num_classes}."
         )
 
 

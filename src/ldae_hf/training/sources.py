@@ -60,13 +60,16 @@ class ImageSource:
         """Classes of the labels: as many as they have names, else one more than the largest.
 
         Raises:
-            ValueError: there are no labels, or they are a stream's without names.
+            ValueError: there are no labels, some are missing or negative, or they are a stream's without names.
         """
         if self.label_names is not None:
             return len(self.label_names)
         if self.label_column is None or self.streaming:
             raise ValueError(f"{self.name} does not say how many classes it has; give it a column of ClassLabel.")
-        return max(self.dataset[self.label_column]) + 1
+        labels = set(self.dataset[self.label_column])
+        if None in labels or min(labels) < 0:
+            raise ValueError(f"Some images of {self.name} have no label; leave them out.")
+        return max(labels) + 1
 
     def read(self, row: dict) -> tuple[Image.Image, int]:
         """RGB image and label (-1 if there is none) of a row of `dataset`.

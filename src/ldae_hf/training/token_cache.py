@@ -5,6 +5,7 @@ depend on, the tokenizer's and the processor's fingerprints among them.
 """
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from hashlib import sha256
@@ -16,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..configuration_ldae import LDAEConfig
 from ..image_processing_ldae import LDAEImageProcessor
 from ..modeling_ldae import LDAEForPreTraining
 from .checkpointing import check_folder, write_folder
 from .data import ImageSource, eval_loader
 
 
-IMAGES_PER_FILE = 8192
+BYTES_PER_FILE = 2**28
 INDEX = "index.json"
 
 
@@ -35,22 +37,19 @@ class TokenCache:
 
     Attributes:
         bad_images: rows of images that could not be read, whose place another one took.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
     """
 
     def __init__(self, folder: Path):
-        check_folder(folder, (INDEX,))
         index = json.loads((folder / INDEX).read_text())
         self.folder, self.num_images, self.bad_images = folder, index["num_images"], index["bad_images"]
+        self.images_per_file = index["images_per_file"]
         self._files: dict[int, tuple] = {}
 
     def __len__(self) -> int:
         return self.num_images
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        number, row = divmod(index, IMAGES_PER_FILE)
+        number, row = divmod(index, self.images_per_file)
         if number not in self._files:
             file = safe_open(self.folder / file_name(number), "pt")
             self._files[number] = file.get_slice("tokens"), file.get_tensor("labels")
@@ -59,6 +58,18 @@ class TokenCache:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_files": {}}  # open files do not travel to a worker
+
+
+def check_cacheable(config: LDAEConfig, data: dict, source: ImageSource) -> None:
+    """Raises ValueError unless the images of a recipe's `data` section can be replaced by latents."""
+    if data["crop"] != "centre" or data["flip"]:
+        raise ValueError(
+            "Latents can be cached only where images never change: data.crop must be centre and data.flip false."
+        )
+    if config.input_space != "latent" and config.prediction_target != "latent":
+        raise ValueError("Latents can be cached only where the target is latents, not the image itself.")
+    if source.streaming:
+        raise ValueError("Latents of a stream cannot be cached; read the data set without streaming.")
 
 
 def cache_tokens(
@@ -76,16 +87,8 @@ def cache_tokens(
         loading: image size, crop, flip and workers, as for `train_loader`.
 
     Raises:
-        ValueError: crops differ from epoch to epoch, the target needs the images themselves, or they are a stream.
+        CheckpointError: the tokens that are there are damaged.
     """
-    if loading["crop"] != "centre" or loading["flip"]:
-        raise ValueError(
-            "Latents can be cached only where images never change: data.crop must be centre and data.flip false."
-        )
-    if not model.prediction_target.answers_in_latents:
-        raise ValueError("Latents can be cached only where the target is latents, not the image itself.")
-    if source.streaming:
-        raise ValueError("Latents of a stream cannot be cached; read the data set without streaming.")
     key = {
         "tokenizer": [model.config.tokenizer, model.config.latent_dim, model.config.latent_scaling],
         "fingerprints": [model.config.tokenizer_fingerprint, processor.fingerprint],
@@ -96,6 +99,8 @@ def cache_tokens(
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if not already_there:
         encode_all(folder, model, processor, source, accelerator, loading)
+    elif accelerator.is_main_process:
+        check_folder(folder, (INDEX,))
     return TokenCache(folder)
 
 
@@ -109,22 +114,25 @@ def encode_all(
     loading: dict,
 ) -> None:
     """Every process encodes its share of the files; those of an earlier attempt are kept."""
-    numbers = range(-(-len(source) // IMAGES_PER_FILE))
+    tokens_shape = (model.config.num_patches, model.config.latent_dim)
+    images_per_file = max(1, BYTES_PER_FILE // (4 * tokens_shape[0] * tokens_shape[1]))
+    numbers = range(-(-len(source) // images_per_file))
     parts = folder.with_name(f".{folder.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(source), desc="latents", unit=" images", disable=not accelerator.is_main_process) as bar:
         for number in numbers[accelerator.process_index :: accelerator.num_processes]:
-            rows = range(number * IMAGES_PER_FILE, min((number + 1) * IMAGES_PER_FILE, len(source)))
+            rows = range(number * images_per_file, min((number + 1) * images_per_file, len(source)))
             if not (parts / file_name(number)).is_file():
                 images = replace(source, dataset=source.dataset.select(rows), num_images=len(rows))
-                tokens, labels, bad_images = [], [], []
+                tokens, labels, bad_images = torch.empty(len(rows), *tokens_shape), [], []
                 for batch in eval_loader(images, loading["image_size"], 64, loading["num_workers"]):
                     pixels = processor.normalize_pixels(batch["pixel_values"].to(accelerator.device))
-                    tokens.append(model.ldae.tokenizer.encode(pixels).float().cpu())
+                    done = sum(map(len, labels))
+                    tokens[done : done + len(pixels)] = model.ldae.tokenizer.encode(pixels)
                     labels.append(batch["labels"])
                     bad_images += [bad | {"index": bad["index"] + rows.start} for bad in batch["bad_images"]]
                 aside = parts / f".{file_name(number)}"
-                tensors = {"tokens": torch.cat(tokens), "labels": torch.cat(labels)}
+                tensors = {"tokens": tokens, "labels": torch.cat(labels)}
                 save_file(tensors, aside, metadata={"bad_images": json.dumps(bad_images)})
                 aside.replace(parts / file_name(number))
             bar.update(len(rows) * accelerator.num_processes)
@@ -136,8 +144,8 @@ def encode_all(
             for number in numbers:
                 with safe_open(parts / file_name(number), "pt") as file:
                     bad_images += json.loads(file.metadata()["bad_images"])
-                (parts / file_name(number)).rename(path / file_name(number))
-            index = {"num_images": len(source), "bad_images": bad_images}
+                os.link(parts / file_name(number), path / file_name(number))  # nothing is lost if this is killed
+            index = {"num_images": len(source), "images_per_file": images_per_file, "bad_images": bad_images}
             (path / INDEX).write_text(json.dumps(index, indent=2))
 
         write_folder(folder, write)

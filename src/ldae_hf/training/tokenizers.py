@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,11 @@ from .metrics_log import MetricsLog
 from .optimization import Plan, adamw
 from .perceptual import LPIPS, LabelFeatures, train_label_features
 from .run_folder import check_options, check_same_run, identity, make_accelerator
+from .sampling import epoch_order
 
 
-LABEL_FEATURES_EPOCHS, LABEL_FEATURES_BATCH = 3, 64
+# Of the network of a perceptual loss: few enough images to train it within the time for which processes wait.
+LABEL_FEATURES_EPOCHS, LABEL_FEATURES_BATCH, LABEL_FEATURES_IMAGES = 3, 64, 200_000
 
 
 def train_tokenizer(
@@ -136,6 +139,7 @@ def train_with(
 
     # ---- resolve: what this run is
     config, data, settings = recipe.model_config(), recipe.data, recipe.tokenizer
+    convolutional = config.tokenizer in CONVOLUTIONAL_TOKENIZERS
     if config.tokenizer not in LEARNED_TOKENIZERS:
         raise RunError(
             f"{recipe.title} has the tokenizer {config.tokenizer}, which is not trained: `ldae pretrain` fits the PCA "
@@ -149,7 +153,10 @@ def train_with(
         return folder
     columns = dict(image_column=image_column, label_column=label_column)
     source = load_images(data["dataset"] if dataset is None else dataset, data["train_split"], **columns)
-    plan = Plan.derive(recipe, len(source), accelerator.num_processes, per_device_batch_size, section="tokenizer")
+    check_trainable(recipe, config, source, perceptual_weights)
+    largest = max(1, 2**20 // config.image_size**2) if convolutional else 256  # activations at full resolution
+    layout = accelerator.num_processes, per_device_batch_size
+    plan = Plan.derive(recipe, len(source), *layout, section="tokenizer", largest=min(256, largest))
     run |= {"num_images": plan.num_images}
     check_same_run(output_dir, run)
     if accelerator.is_main_process:
@@ -176,7 +183,6 @@ def train_with(
     # Before the seed: a loader's start draws from the generator whose state is saved.
     watched = next(iter(eval_loader(source, config.image_size, 16)))["pixel_values"]
     torch.manual_seed(seed)
-    convolutional = config.tokenizer in CONVOLUTIONAL_TOKENIZERS
     if convolutional:
         module = ConvolutionalTraining(config, settings, perceptual)
     else:
@@ -366,18 +372,21 @@ def latent_variance(
     accelerator: Accelerator,
     loading: dict,
 ) -> torch.Tensor:
-    """(K,) fp32 variance of each latent over about `fit_patches` tokens of training crops, by all processes."""
+    """(K,) fp32 variance of each latent over about `fit_patches` tokens of training crops, by all processes.
+
+    Of images drawn by the seed: rows may be sorted by class.
+    """
     stride = autoencoder_stride(autoencoder)
     sums = torch.zeros(3, config.latent_dim, dtype=torch.float64, device=accelerator.device)
-    wanted = max(2, settings["fit_patches"] // accelerator.num_processes)
+    wanted = max(accelerator.num_processes, -(-settings["fit_patches"] // config.num_patches))
+    chosen = sorted(epoch_order(loading["seed"], 0, len(source))[:wanted].tolist())
+    source = replace(source, dataset=source.dataset.select(chosen), num_images=len(chosen))
     rank, world = accelerator.process_index, accelerator.num_processes
     for crops in crop_loader(source, rank=rank, world_size=world, **loading):
         pixels = processor.normalize_pixels(crops.to(accelerator.device)).to(autoencoder.dtype)
         latents = autoencoder.encode(pixels).latent_dist.mode()
         tokens = patchify(latents, config.patch_size // stride).flatten(0, 1).double()
         sums += torch.stack([torch.ones_like(tokens[0]) * len(tokens), tokens.sum(0), tokens.square().sum(0)])
-        if sums[0, 0] >= wanted:
-            break
     count, total, squares = accelerator.reduce(sums).cpu()
     return ((squares - total.square() / count) / (count - 1)).float()
 
@@ -409,6 +418,26 @@ def released_tokenizer(
     )
 
 
+def check_trainable(recipe: Recipe, config: LDAEConfig, source: ImageSource, weights: str | Path | None) -> None:
+    """Raises RunError if the tokenizer of a recipe cannot be trained on these images, before any work is done."""
+    if source.streaming:
+        raise RunError(
+            "A tokenizer is not trained on a stream; train it first, with `ldae tokenizer train`, and give it with "
+            "--tokenizer."
+        )
+    kind = recipe.tokenizer["perceptual_loss"]
+    if config.tokenizer not in CONVOLUTIONAL_TOKENIZERS or recipe.tokenizer["pretrained"] is not None or kind is None:
+        return
+    if kind == "lpips" and weights is None:
+        raise RunError(
+            "The recipe's perceptual loss is LPIPS, whose weights are not ours to ship: give the folder that holds "
+            "vgg16.safetensors and lpips.safetensors with --perceptual-weights (`ldae weights convert --help` says "
+            "where they come from), or train with --set tokenizer.perceptual_loss=labels."
+        )
+    if kind != "lpips" and source.label_column is None:
+        raise RunError(f"{source.name} has no labels to train the network of the perceptual loss on.")
+
+
 def perceptual_network(
     folder: Path,
     config: LDAEConfig,
@@ -422,28 +451,17 @@ def perceptual_network(
 
     `lpips` is read from `weights`; `labels` and `random_labels` are trained here on the data set's labels, or on ones
     that say nothing, and kept in `folder`.
-
-    Raises:
-        RunError: LPIPS has no weights, or the data set no labels.
     """
-    kind = settings["perceptual_loss"] if config.tokenizer in CONVOLUTIONAL_TOKENIZERS else None
-    if kind is None:
+    kind = settings["perceptual_loss"]
+    if kind is None or config.tokenizer not in CONVOLUTIONAL_TOKENIZERS:
         return None
     if kind == "lpips":
-        if weights is None:
-            raise RunError(
-                "The recipe's perceptual loss is LPIPS, whose weights are not ours to ship: give the folder that holds "
-                "vgg16.safetensors and lpips.safetensors with --perceptual-weights (`ldae weights convert --help` says "
-                "where they come from), or train with --set tokenizer.perceptual_loss=labels."
-            )
         return LPIPS.from_folder(weights).to(accelerator.device)
     already_there = folder.is_dir()
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if not already_there and accelerator.is_main_process:
-        if source.label_column is None:
-            raise RunError(f"{source.name} has no labels to train the network of the perceptual loss on.")
         batch_size = min(LABEL_FEATURES_BATCH, len(source))
-        batches_per_epoch = len(source) // batch_size
+        batches_per_epoch = min(LABEL_FEATURES_IMAGES, len(source)) // batch_size
 
         def loader_of_epoch(epoch: int) -> Iterator[dict]:
             return train_loader(
@@ -480,7 +498,7 @@ def tokenizer_for_run(
     given: str | Path | None,
     recipe: Recipe,
     config: LDAEConfig,
-    source: ImageSource,
+    processor: LDAEImageProcessor,
     accelerator: Accelerator,
     training: dict,
 ) -> LearnedTokenizer | None:
@@ -488,22 +506,23 @@ def tokenizer_for_run(
 
     Args:
         output_dir: of the pre-training run. given: a folder that `train_tokenizer` wrote, or its `tokenizer/`.
-        source: the run's images, which have to be no stream if a tokenizer is trained. training: arguments of
-            `train_tokenizer`.
+        processor: of the run. training: arguments of `train_tokenizer`.
 
     Returns:
-        None for a recipe whose tokenizer is not a learned one. All processes get the same.
+        The same in all processes; None for a recipe whose tokenizer is not a learned one, and where the time was over
+        before it had been trained.
 
     Raises:
-        RunError: a tokenizer is given to a recipe that has none to learn, it is not there, or it would have to be
-            trained on a stream.
+        RunError: a tokenizer is given that is not there, not the one that the run began with, or made for another model
+            or processor.
     """
     if config.tokenizer not in LEARNED_TOKENIZERS:
-        if given is not None:
-            raise RunError(f"{recipe.title} has the tokenizer {config.tokenizer}, which is not a learned one to give.")
         return None
     folder = output_dir / "tokenizer"
-    chosen = None if given is None else LearnedTokenizer.from_pretrained(tokenizer_folder(given))
+    chosen = None
+    if given is not None:
+        chosen = LearnedTokenizer.from_pretrained(tokenizer_folder(given))
+        check_fits(chosen, config, processor)  # before the run makes it its own
     already_there = (folder / CONFIG_NAME).is_file()
     accelerator.wait_for_everyone()  # all have looked before the first one writes
     if already_there:
@@ -512,20 +531,43 @@ def tokenizer_for_run(
             raise RunError(f"The run began with the tokenizer in {folder}, not the one in {given}; leave that out.")
         return learned
     if chosen is None:
-        if source.streaming:
-            raise RunError(
-                "A tokenizer is not trained on a stream; train it first, with `ldae tokenizer train`, and give it with "
-                "--tokenizer."
-            )
         training = training | {"processor": output_dir / "processor"}
         inner = make_accelerator(output_dir, training.pop("mixed_precision"), ())
-        chosen = LearnedTokenizer.from_pretrained(
-            train_with(inner, recipe, output_dir / "tokenizer-training", **training)
-        )
+        trained = train_with(inner, recipe, output_dir / "tokenizer-training", **training)
+        if trained is None:
+            return None
+        chosen = LearnedTokenizer.from_pretrained(trained)
     if accelerator.is_main_process:
         write_folder(folder, chosen.save_pretrained)
     accelerator.wait_for_everyone()
     return chosen
+
+
+def check_given(given: str | Path | None, output_dir: Path, recipe: Recipe, config: LDAEConfig) -> bool:
+    """Whether a pre-training run has its tokenizer, or has none to learn; what it is given has to be there.
+
+    Raises:
+        RunError: a tokenizer is given that is not there, or to a recipe that has none to learn.
+    """
+    learns = config.tokenizer in LEARNED_TOKENIZERS
+    if given is not None:
+        if not learns:
+            raise RunError(f"{recipe.title} has the tokenizer {config.tokenizer}, which is not a learned one to give.")
+        tokenizer_folder(given)
+    return not learns or given is not None or (output_dir / "tokenizer" / CONFIG_NAME).is_file()
+
+
+def check_fits(learned: LearnedTokenizer, config: LDAEConfig, processor: LDAEImageProcessor) -> None:
+    """Raises RunError unless a tokenizer was made for this model and with this processor."""
+    for key in ("tokenizer", "patch_size", "latent_dim"):
+        ours, theirs = getattr(config, key), getattr(learned, key)
+        if ours != theirs:
+            raise RunError(f"The recipe has {key}={ours!r}, but the given tokenizer has {key}={theirs!r}.")
+    if learned.processor_fingerprint not in (None, processor.fingerprint):
+        raise RunError(
+            f"The given tokenizer was trained with the processor {learned.processor_fingerprint[:12]}, not with the "
+            f"run's {processor.fingerprint[:12]}; give its whole run, with its processor/, or that as --processor."
+        )
 
 
 def tokenizer_folder(given: str | Path) -> Path:
