@@ -107,6 +107,7 @@ COMMANDS = [
     ["tokenizer", "train"],
     ["tokenizer", "evaluate"],
     ["tokenizer", "filters"],
+    ["tokenizer", "table"],
     ["weights"],
     ["weights", "convert"],
 ]

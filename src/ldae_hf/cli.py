@@ -259,6 +259,22 @@ def tokenizer_evaluate(
     typer.echo(reconstruction_table(run_reconstruction(**options)))
 
 
+@tokenizer_app.command("table")
+def tokenizer_table(
+    ledger: Annotated[Path, typer.Option(help="JSON lines that `evaluate --ledger` wrote.")] = Path(
+        "benchmarks/results/ledger.jsonl"
+    ),
+):
+    """Print the reconstruction errors in a ledger as a markdown table.
+
+    \b
+    ldae tokenizer table --ledger benchmarks/results/ledger.jsonl
+    """
+    from ldae_hf.evaluation.reconstruction import reconstruction_markdown
+
+    typer.echo(reconstruction_markdown(ledger))
+
+
 @tokenizer_app.command("filters")
 def tokenizer_filters(
     tokenizers: Annotated[list[Path], typer.Argument(help="Folders of patch-wise tokenizers.")],

@@ -16,7 +16,7 @@ from ..training.data import ImageSource, eval_loader, load_images
 from ..training.tokenizers import tokenizer_folder
 from .features import FEATURE_CACHE, extract
 from .floors import TokenizerLatents
-from .ledger import append_to_ledger, circumstances
+from .ledger import LEDGER, append_to_ledger, circumstances, read_ledger
 from .linear_probe import LEARNING_RATES, linear_probe
 
 
@@ -154,4 +154,19 @@ def reconstruction_table(result: dict) -> str:
         lines.append(f"{name:24}{row['squared_error']:>14.5f}{psnr:>11}")
     if "latents_top1" in result:
         lines.append(f"linear probe on the latents: {result['latents_top1']:.1f} %")
+    return "\n".join(lines)
+
+
+def reconstruction_markdown(ledger: str | Path = LEDGER) -> str:
+    """The newest result of each tokenizer in a ledger, as a markdown table in the order in which they were measured."""
+    rows = {(row["tokenizer"], row["name"]): row for row in read_ledger(ledger) if row["task"] == "reconstruction"}
+    lines = [
+        "| tokenizer | K | squared error | PCA at the same K | linear probe on its latents |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        name = f"`{row['recipe']}` ({row['tier']})" if row["recipe"] else f"`{row['tokenizer']}`, {row['name']}"
+        errors = f"{row['squared_error']:.4f} | {row['pca']['squared_error']:.4f}"
+        probe = f"{row['latents_top1']:.1f}" if "latents_top1" in row else ""
+        lines.append(f"| {name} | {row['latent_dim']} | {errors} | {probe} |")
     return "\n".join(lines)
