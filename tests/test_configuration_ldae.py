@@ -12,13 +12,18 @@ from ldae_hf import SIZES, LDAEConfig, LDAEForPreTraining, LDAEModel
 from ldae_hf.configuration_ldae import (
     INPUT_SPACES,
     LATENT_SCALINGS,
+    LEARNED_TOKENIZERS,
     LEGAL_COMBINATIONS,
+    LOSS_WEIGHTINGS,
     NOISE_SCHEDULES,
+    ORTHONORMAL_TOKENIZERS,
     PREDICTION_TARGETS,
+    SIGMA_MAX,
     TOKENIZERS,
 )
-from ldae_hf.modeling_ldae import NETWORK_INPUTS, PREDICTIONS
-from ldae_hf.noise_schedules import SCHEDULES
+from ldae_hf.noise_schedules import LOSS_WEIGHTS, SCHEDULES
+from ldae_hf.patch_tokenizers import TOKENIZERS as TOKENIZER_MODULES
+from ldae_hf.prediction_targets import NETWORK_INPUTS, PREDICTIONS
 
 
 def test_the_defaults_are_the_papers_final_method():
@@ -29,7 +34,9 @@ def test_the_defaults_are_the_papers_final_method():
     assert (config.latent_dim, config.latent_scaling, config.residual_weight) == (32, "global", 0.1)
     assert (config.patch_dim, config.num_patches, config.num_train_timesteps) == (768, 256, 1000)
     assert (config.conditioning_hidden_size, config.feature_timestep) == (256, 10)
-    assert config.processor_fingerprint is None
+    assert (config.sigma_max, config.loss_weighting) == (SIGMA_MAX, "signal_share") == (2**0.5, "signal_share")
+    assert (config.num_classes, config.timestep_freq_shift) == (None, 0)
+    assert config.processor_fingerprint is None and config.tokenizer_fingerprint is None
 
 
 # -- derived values -----------------------------------------------------------------------------------------------
@@ -58,6 +65,17 @@ VARIANTS = [
     {"noise_schedule": "single_level", "latent_scaling": "whiten", "residual_weight": 0},
     {"input_space": "latent", "prediction_target": "noise", "image_size": 32, "patch_size": 4, "latent_dim": 48},
     {"num_labels": 7, "processor_fingerprint": "ab" * 32, "feature_timestep": 0, "num_train_timesteps": 20},
+    {"tokenizer": "pixels", "latent_dim": 768, "sigma_max": 6.5},
+    {"tokenizer": "random_projection", "noise_schedule": "linear_gamma_squared", "loss_weighting": "snr"},
+    {
+        "tokenizer": "vqgan",
+        "input_space": "latent",
+        "prediction_target": "noise",
+        "num_classes": 1000,
+        "class_dropout_prob": 0,
+        "timestep_freq_shift": 1,
+        "tokenizer_fingerprint": "cd" * 32,
+    },
     {"id2label": {0: "cat", 1: "dog", 2: "eel"}, "label2id": {"cat": 0, "dog": 1, "eel": 2}, "dtype": "bfloat16"},
 ]
 
@@ -102,6 +120,10 @@ WRONG_TYPES = [
     ("feature_timestep", 10.5),
     ("processor_fingerprint", 12),
     ("conditioning_hidden_size", 0.25),
+    ("num_classes", 10.0),
+    ("num_classes", "10"),
+    ("sigma_max", "1.4"),
+    ("tokenizer_fingerprint", 12),
 ]
 
 
@@ -118,11 +140,12 @@ def test_a_wrong_type_is_refused_on_assignment_too():
 
 
 WRONG_VALUES = [
-    ("tokenizer", "pca", "tokenizer='pca' is not one of patch_pca"),
+    ("tokenizer", "pca", "tokenizer='pca' is not one of vqgan, conv_vae, patch_vae, patch_ae, patch_pca, pixels"),
     ("noise_schedule", "cosine", "noise_schedule='cosine' is not one of ddpm_linear, linear_gamma_squared"),
     ("input_space", "image", "input_space='image' is not one of latent, pixel"),
     ("prediction_target", "v", "prediction_target='v' is not one of noise, latent, reconstruction, image"),
     ("latent_scaling", "standard", "latent_scaling='standard' is not one of global, whiten, none"),
+    ("loss_weighting", "min_snr", "loss_weighting='min_snr' is not one of signal_share, snr"),
     ("hidden_act", "gelu_tanh", "hidden_act='gelu_tanh' is not one of gelu"),
     ("image_size", 0, "image_size=0 must be positive"),
     ("patch_size", -16, "patch_size=-16 must be positive"),
@@ -142,6 +165,11 @@ WRONG_VALUES = [
     ("conditioning_hidden_size", "half", "conditioning_hidden_size='half' must be a positive integer"),
     ("conditioning_hidden_size", 0, "conditioning_hidden_size=0 must be a positive integer"),
     ("feature_timestep", -1, "feature_timestep=-1 must lie in 0 ... 999"),
+    ("sigma_max", 0, "sigma_max=0 must be positive and finite"),
+    ("sigma_max", math.inf, "sigma_max=inf must be positive and finite"),
+    ("num_classes", 0, "num_classes=0 must be positive, or None for no class labels"),
+    ("class_dropout_prob", 1.1, "class_dropout_prob=1.1 must lie in 0 ... 1"),
+    ("timestep_freq_shift", -1, "timestep_freq_shift=-1 must lie in 0 ... 1"),
 ]
 
 
@@ -168,6 +196,23 @@ CONTRADICTIONS = [
         {"noise_schedule": "single_level", "feature_timestep": 10},
         "feature_timestep=10 must lie in 0 ... 0 for noise_schedule='single_level'.",
     ),
+    (
+        {"tokenizer": "pixels"},
+        "tokenizer='pixels' keeps all 768 values of a patch: latent_dim=32 must be 768.",
+    ),
+    *(
+        (
+            {"noise_schedule": schedule, "sigma_max": 2},
+            f"sigma_max=2 is for noise_schedule='linear_sigma' only; '{schedule}' has its own largest sigma.",
+        )
+        for schedule in NOISE_SCHEDULES
+        if schedule != "linear_sigma"
+    ),
+    ({"loss_weighting": "snr"}, "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with"),
+    (
+        {"loss_weighting": "snr", "noise_schedule": "ddpm_linear", "prediction_target": "noise"},
+        "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with",
+    ),
 ]
 
 
@@ -183,22 +228,29 @@ def test_keys_that_contradict_each_other_are_one_clear_sentence(keys, sentence):
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_what_the_table_of_combinations_lists_can_be_built_and_nothing_else(tokenizer, space, target):
     keys = {"tokenizer": tokenizer, "input_space": space, "prediction_target": target}
+    keys |= {"latent_dim": 768} if tokenizer == "pixels" else {}
     if tokenizer in LEGAL_COMBINATIONS.get((space, target), ()):
         for schedule in NOISE_SCHEDULES:
             config = LDAEConfig(**keys, **SIZES["quickstart"], noise_schedule=schedule)
             with torch.device("meta"):
                 assert LDAEForPreTraining(config).config.prediction_target == target
     else:
-        # An image target needs the image as input.
-        assert (space, target) in {("latent", "reconstruction"), ("latent", "image")}
+        # An image target needs the image as input, and the image as input orthonormal directions.
+        image_without_image = space == "latent" and target in ("reconstruction", "image")
+        assert image_without_image or (space == "pixel" and tokenizer in LEARNED_TOKENIZERS)
         with pytest.raises(ValueError) as error:
             LDAEConfig(**keys)
         assert message_of(error).startswith(f"input_space={space!r} with prediction_target={target!r} is not defined")
-        assert "choose one of latent+noise, latent+latent, pixel+noise" in str(error.value)
+        legal = "latent+noise, latent+latent"
+        if tokenizer in ORTHONORMAL_TOKENIZERS:
+            legal += ", pixel+noise, pixel+latent, pixel+reconstruction, pixel+image"
+        assert str(error.value).endswith(f"for tokenizer={tokenizer!r}; choose one of {legal}.")
 
 
 def test_every_name_that_the_configuration_knows_has_its_part():
+    assert set(TOKENIZERS) == set(TOKENIZER_MODULES)
     assert set(NOISE_SCHEDULES) == set(SCHEDULES)
+    assert set(LOSS_WEIGHTINGS) == set(LOSS_WEIGHTS)
     assert set(INPUT_SPACES) == set(NETWORK_INPUTS)
     assert set(LEGAL_COMBINATIONS) == set(PREDICTIONS)
     assert LATENT_SCALINGS == ("global", "whiten", "none")

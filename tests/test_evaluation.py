@@ -3,7 +3,9 @@ import json
 import math
 import re
 import socket
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -16,17 +18,28 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel
+from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel, LearnedTokenizer
 from ldae_hf.evaluation import knn as knn_module
 from ldae_hf.evaluation.feature_maps import EncoderFeatures, load_encoder, state_fingerprint
 from ldae_hf.evaluation.features import cache_file, extract, extract_features, read_features, write_features
-from ldae_hf.evaluation.floors import FLOORS, PCALatents, RandomPatches, RawPixels, build_floors, untrained_encoder
+from ldae_hf.evaluation.figures import filters_figure
+from ldae_hf.evaluation.floors import (
+    FLOORS,
+    RandomPatches,
+    RawPixels,
+    TokenizerLatents,
+    build_floors,
+    untrained_encoder,
+)
 from ldae_hf.evaluation.knn import knn
 from ldae_hf.evaluation.ledger import append_to_ledger, commit, read_ledger, result_table
 from ldae_hf.evaluation.linear_probe import _train_and_score, linear_probe
 from ldae_hf.evaluation.metrics import Top1Accuracy, accuracy, ranked_classes
 from ldae_hf.evaluation.online import online_evaluation
+from ldae_hf.evaluation.reconstruction import figures, reconstruction_table, run_reconstruction
 from ldae_hf.evaluation.run import run_knn, run_linear_probe
+from ldae_hf.latent_tokenizers import build_autoencoder
+from ldae_hf.patch_tokenizers import patchify
 from ldae_hf.recipes import load_recipe
 from ldae_hf.training.data import load_images
 
@@ -490,8 +503,19 @@ def test_large_images_are_shrunk_for_the_pixel_floor():
 
 
 def test_the_latent_floor_is_what_the_processor_encodes(model, processor, images):
-    found = PCALatents(model, processor)(torch.from_numpy(processor.crop(images[0][:5])), None)
+    floor = TokenizerLatents(model.tokenizer, processor, "patch_pca", None)
+    found = floor(torch.from_numpy(processor.crop(images[0][:5])), None)
     torch.testing.assert_close(found, processor.encode(images[0][:5]).flatten(1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_latent_floor_is_named_after_the_tokenizer_and_kept_apart_by_its_fingerprint(model, processor):
+    def floor(kind: str, fingerprint: str | None) -> TokenizerLatents:
+        return TokenizerLatents(model.tokenizer, processor, kind, fingerprint)
+
+    assert floor("patch_pca", None).name == "PCA latents"
+    assert floor("conv_vae", "ab" * 32).name == "conv_vae latents"
+    kinds = [("patch_pca", None), ("pixels", None), ("patch_ae", "ab" * 32), ("patch_ae", "cd" * 32)]
+    assert len({floor(*kind).fingerprint for kind in kinds}) == len(kinds)
 
 
 def test_the_untrained_encoder_has_new_weights_the_same_basis_and_leaves_the_generator_alone(model, processor):
@@ -537,6 +561,150 @@ def test_random_patches_of_large_images_take_a_stride(train_source):
 def test_more_filters_than_patches_are_refused(train_source):
     with pytest.raises(ValueError, match="are fewer than 20001"):
         RandomPatches(train_source, SIZE, 20_001)
+
+
+# -- Learned tokenizers -----------------------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, kind: str, processor: LDAEImageProcessor) -> Path:
+    """The folder of a tokenizer run, without the run."""
+    torch.manual_seed(3)
+    buffers, autoencoder = {"explained_variance": torch.rand(8) + 0.5}, None
+    if kind == "conv_vae":
+        autoencoder = build_autoencoder(SIZE, 2, 8, 1, latent_channels=2).eval()
+    else:
+        components = processor.components[:8].float() + 0.05 * torch.randn(8, 48)
+        buffers |= {"components": components, "decoder_components": components, "mean": processor.mean.float()}
+    training = {"recipe": kind, "tier": "cpu", "overrides": ["data.flip=true"], "seed": 5}
+    learned = LearnedTokenizer(kind, 4, 8, buffers, autoencoder, processor.fingerprint, training)
+    learned.save_pretrained(folder / "tokenizer")
+    processor.save_pretrained(folder / "processor")
+    return folder
+
+
+def pixel_values_of(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@pytest.mark.parametrize("kind", ["patch_ae", "conv_vae"])
+def test_reconstruction_errors_are_those_of_each_image_beside_pca_and_enter_the_ledger(
+    kind, processor, test_source, options, tmp_path, no_network
+):
+    run = make_run(tmp_path / "run", kind, processor)
+    written = dict(output=tmp_path / "out" / "figures.json", ledger=tmp_path / "ledger.jsonl")
+    row = run_reconstruction(run, test_source, batch_size=20, **written, **options)
+    assert read_ledger(written["ledger"]) == [row] == [json.loads(written["output"].read_text())]
+    learned = LearnedTokenizer.from_pretrained(run / "tokenizer")
+
+    pixels, _ = make_images(48, seed=1)
+    pixels = pixel_values_of(pixels)
+    patches = patchify(pixels, 4)
+    basis, mean = processor.components[:8], processor.mean
+    by_pca = mean + (patches.double() - mean) @ basis.T @ basis
+    with torch.no_grad():
+        if kind == "conv_vae":
+            restored = patchify(learned.autoencoder(pixels).sample, 4)
+        else:
+            encoder, decoder = learned.buffers["components"], learned.buffers["decoder_components"]
+            restored = mean + (patches - mean).float() @ encoder.T @ decoder
+    for found, answer in ((row, restored), (row["pca"], by_pca)):
+        error = (patches - answer).double().square().mean().item()
+        assert found["squared_error"] == pytest.approx(error, rel=1e-5)
+        assert found["psnr"] == pytest.approx(10 * math.log10(255**2 / (error * 127.5**2)), rel=1e-6)
+    assert row["pca"]["squared_error"] < row["squared_error"]
+
+    assert (row["task"], row["tokenizer"], row["latent_dim"]) == ("reconstruction", kind, 8)
+    assert (row["recipe"], row["tier"], row["overrides"]) == (kind, "cpu", ["data.flip=true"])
+    assert row["training"]["seed"] == 5 and "latents_top1" not in row
+    assert row["protocol"]["tokenizer"] == learned.fingerprint
+    assert (row["protocol"]["processor"], row["protocol"]["image_size"]) == (processor.fingerprint, SIZE)
+    test = row["protocol"]["test"]
+    assert (test["split"], test["images"], test["bad_images"]) == ("test", 48, 0)
+    table = reconstruction_table(row).splitlines()
+    assert table[1].split() == [f"{kind},", "K", "=", "8", f"{row['squared_error']:.5f}", f"{row['psnr']:.2f}"]
+    assert table[2].startswith("PCA at the same K") and table[2].endswith(f"{row['pca']['psnr']:.2f}")
+
+
+def test_a_probe_tells_what_the_latents_say_of_the_labels(
+    processor, train_source, test_source, options, tmp_path, no_network
+):
+    run = make_run(tmp_path / "run", "patch_ae", processor)
+    images = {"train": train_source.dataset, "test": test_source.dataset}
+    row = run_reconstruction(run, images, probe=True, learning_rates=(0.01, 0.1), seed=4, **options)
+    tokenizer = LearnedTokenizer.from_pretrained(run / "tokenizer").module()
+    tensors = []
+    for count, seed in ((96, 0), (48, 1)):
+        pixels, labels = make_images(count, seed)
+        tensors += [tokenizer.encode(pixel_values_of(pixels)).flatten(1), torch.tensor(labels)]
+    expected = linear_probe(*tensors, learning_rates=(0.01, 0.1), seed=4, progress=False)
+    assert row["latents_top1"] == expected["top1"]
+    assert row["protocol"]["probe"] == expected["protocol"]
+    assert row["protocol"]["train"] == {"split": "train", "images": 96}
+    assert reconstruction_table(row).endswith(f"linear probe on the latents: {row['latents_top1']:.1f} %")
+    with pytest.raises(ValueError, match="^A probe needs the training images beside the test images; name the data s"):
+        run_reconstruction(run, test_source, probe=True, **options)
+
+
+def test_reconstruction_leaves_out_what_cannot_be_read_and_needs_the_tokenizers_own_processor(
+    processor, images, options, tmp_path
+):
+    run = make_run(tmp_path / "run", "patch_ae", processor)
+    files = [as_png(image) for image in images[0][:6]]
+    whole = run_reconstruction(run, load_images(make_dataset(files, [0] * 6)), **options)
+    damaged = load_images(make_dataset([b"", *files, b"no image"], [0] * 8))
+    row = run_reconstruction(run / "tokenizer", damaged, processor=run / "processor", batch_size=3, **options)
+    assert row["squared_error"] == pytest.approx(whole["squared_error"], rel=1e-9)
+    assert (row["protocol"]["test"]["images"], row["protocol"]["test"]["bad_images"]) == (6, 2)
+    with pytest.raises(ValueError, match="of the data set, from number 0 on, cannot be read"):
+        run_reconstruction(run, load_images(make_dataset([b"", b"x"], [0, 0])), **options)
+
+    other = LDAEImageProcessor(image_size=SIZE, patch_size=4, latent_dim=8).fit(images[0][:50], progress=False)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="run/tokenizer goes with another processor than this one.$"):
+        run_reconstruction(run, load_images(make_dataset(files, [0] * 6)), processor=tmp_path / "other", **options)
+    with pytest.raises(ValueError, match="nowhere holds no finished tokenizer"):
+        run_reconstruction(tmp_path / "nowhere", load_images(make_dataset(files, [0] * 6)), **options)
+
+
+def test_a_perfect_reconstruction_has_no_peak_signal_to_noise_ratio():
+    assert figures(0.0) == {"squared_error": 0.0, "psnr": None}
+    assert figures(4.0)["psnr"] == 0  # as wrong as white for black
+    assert figures(0.04)["psnr"] == pytest.approx(20)
+    perfect = figures(0.0) | {"tokenizer": "patch_ae", "latent_dim": 48, "pca": figures(0.0)}
+    assert reconstruction_table(perfect).splitlines()[1].split()[-2:] == ["0.00000", "-"]
+
+
+def test_filters_of_patch_wise_tokenizers_are_painted_below_those_of_pca(processor, tmp_path):
+    runs = [make_run(tmp_path / kind, kind, processor) for kind in ("patch_ae", "patch_vae")]
+    picture = filters_figure([runs[0], runs[1] / "tokenizer"], tmp_path / "out" / "filters.svg", num_filters=5)
+    names = re.findall(r">(PCA|AE|VAE)<", picture.read_text())
+    assert sorted(names) == ["AE", "PCA", "VAE"] and picture.read_text().count("<image") == 3 * 5
+    drawn = filters_figure(runs[:1], tmp_path / "filters.png", num_filters=99)  # at most K
+    with Image.open(drawn) as image:
+        assert image.width > image.height > 50
+
+
+def test_filters_are_painted_by_falling_variance_of_their_latents(processor, tmp_path):
+    # An autoencoder that has found the directions of PCA, in another order.
+    order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
+    components = processor.components[:8].float()[order]
+    buffers = {"components": components, "decoder_components": components, "mean": processor.mean.float()}
+    buffers["explained_variance"] = processor.explained_variance[order].float()
+    run = make_run(tmp_path / "run", "patch_ae", processor)
+    LearnedTokenizer("patch_ae", 4, 8, buffers).save_pretrained(run / "tokenizer")
+    picture = filters_figure([run], tmp_path / "filters.svg").read_text()
+    drawn = [b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)\"", picture)]
+    # The pictures differ in their size by a pixel, not in the colours of their 4x4 squares.
+    colours = [Image.open(io.BytesIO(data)).convert("RGB").resize((4, 4), Image.Resampling.NEAREST) for data in drawn]
+    assert len({image.tobytes() for image in colours}) == 8
+    assert [image.tobytes() for image in colours[:8]] == [image.tobytes() for image in colours[8:]]
+
+
+def test_filters_that_are_no_patches_are_not_painted(processor, tmp_path):
+    run = make_run(tmp_path / "run", "conv_vae", processor)
+    with pytest.raises(ValueError, match="run/tokenizer holds a conv_vae, which is not patch-wise and has no such fil"):
+        filters_figure([run], tmp_path / "filters.png")
+    assert not (tmp_path / "filters.png").exists()
 
 
 # -- Ledger -----------------------------------------------------------------------------------------------------------

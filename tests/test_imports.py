@@ -18,26 +18,31 @@ PACKAGE = Path(ldae_hf.__file__).parent
 
 # Room (a module or a folder of the package) -> the rooms below it. "ldae_hf" is the package itself: its public names.
 LEAVES = {"configuration_ldae", "noise_schedules", "patch_tokenizers", "patch_covariance"}
-MODELS = LEAVES | {"modeling_ldae", "image_processing_ldae"}
+PARTS = {"layers_ldae", "prediction_targets"}
+MODELS = LEAVES | PARTS | {"modeling_ldae", "image_processing_ldae"}
+BESIDE_THE_MODELS = {"scheduling_ldae", "latent_tokenizers"}  # they need diffusers
 MAY_IMPORT = {
     "configuration_ldae": set(),
     "noise_schedules": {"configuration_ldae"},
     "patch_tokenizers": {"configuration_ldae"},
     "patch_covariance": {"configuration_ldae"},
     "weights": set(),
-    "modeling_ldae": LEAVES,
+    "layers_ldae": {"configuration_ldae"},
+    "prediction_targets": {"configuration_ldae", "noise_schedules", "patch_tokenizers"},
+    "modeling_ldae": LEAVES | PARTS,
     "image_processing_ldae": LEAVES,
     "scheduling_ldae": {"configuration_ldae", "noise_schedules"},
-    "ldae_hf": MODELS | {"scheduling_ldae"},
+    "latent_tokenizers": {"configuration_ldae", "patch_tokenizers"},
+    "ldae_hf": MODELS | BESIDE_THE_MODELS,
     "recipes": {"configuration_ldae"},
-    "training": MODELS | {"ldae_hf", "scheduling_ldae", "recipes"},
-    "evaluation": MODELS | {"ldae_hf", "scheduling_ldae", "recipes", "training"},
-    "cli": MODELS | {"ldae_hf", "scheduling_ldae", "recipes", "training", "evaluation", "weights"},
+    "training": MODELS | BESIDE_THE_MODELS | {"ldae_hf", "recipes"},
+    "evaluation": MODELS | BESIDE_THE_MODELS | {"ldae_hf", "recipes", "training"},
+    "cli": MODELS | BESIDE_THE_MODELS | {"ldae_hf", "recipes", "training", "evaluation", "weights"},
 }
 
 # Dependency -> the rooms that may know it. torchvision and timm break other parts of the stack just by being there.
 DOORS = {
-    "diffusers": {"scheduling_ldae"},
+    "diffusers": {"scheduling_ldae", "latent_tokenizers"},
     "accelerate": {"training", "evaluation"},
     "datasets": {"training", "evaluation"},
     "matplotlib": {"evaluation"},

@@ -14,9 +14,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from ldae_hf import LDAEConfig, LDAEForImageClassification, LDAEForPreTraining, LDAEImageProcessor, LDAEModel
-from ldae_hf.configuration_ldae import LATENT_SCALINGS, LEGAL_COMBINATIONS, NOISE_SCHEDULES
-from ldae_hf.modeling_ldae import LDAETimestepEmbedding, modulate, sincos_positions
+from ldae_hf import (
+    LDAEConfig,
+    LDAEForImageClassification,
+    LDAEForPreTraining,
+    LDAEImageProcessor,
+    LDAEModel,
+    LearnedTokenizer,
+)
+from ldae_hf.configuration_ldae import (
+    LATENT_SCALINGS,
+    LEARNED_PATCH_TOKENIZERS,
+    LEGAL_COMBINATIONS,
+    LOSS_WEIGHTINGS,
+    NOISE_SCHEDULES,
+)
+from ldae_hf.layers_ldae import LDAETimestepEmbedding, modulate, sincos_positions
 from ldae_hf.noise_schedules import noise_schedule_tables
 from ldae_hf.patch_tokenizers import patchify, unpatchify
 
@@ -59,6 +72,20 @@ def processor(processors) -> LDAEImageProcessor:
     return processors["global"]
 
 
+def processor_for(processors, tokenizer: str = "patch_pca", latent_scaling: str = "global", **_) -> LDAEImageProcessor:
+    """The processor of a model with these keys."""
+    return fit_processor(latent_scaling, latent_dim=P) if tokenizer == "pixels" else processors[latent_scaling]
+
+
+def untrained_tokenizer(kind: str, processor: LDAEImageProcessor) -> LearnedTokenizer:
+    """A patch-wise one with weights of its own, and the variances of its latents."""
+    components, decoder_components = torch.randn(2, K, P)
+    along = (components.double() @ processor.components.T).square()
+    buffers = {"components": components, "decoder_components": decoder_components, "mean": processor.mean.float()}
+    buffers["explained_variance"] = (along @ processor.explained_variance).float()
+    return LearnedTokenizer(kind, 4, K, buffers, processor_fingerprint=processor.fingerprint)
+
+
 def build(cls=LDAEForPreTraining, processor=None, dtype=torch.float64, **keys):
     """A model in which every part does something: no gate or head is left at the zero that it starts from."""
     torch.manual_seed(0)
@@ -68,11 +95,13 @@ def build(cls=LDAEForPreTraining, processor=None, dtype=torch.float64, **keys):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     # After `to`, so that tables and basis have all the digits of float64.
     schedule = model.base_model.schedule
-    tables = noise_schedule_tables(model.config.noise_schedule, model.config.num_train_timesteps)
+    tables = noise_schedule_tables(schedule.name, schedule.num_train_timesteps, schedule.sigma_max)
     schedule.gammas.copy_(tables[0])
     schedule.sigmas.copy_(tables[1])
     if processor is not None:
         model.set_processor(processor)
+    if model.config.tokenizer in LEARNED_PATCH_TOKENIZERS:
+        model.set_tokenizer(untrained_tokenizer(model.config.tokenizer, processor))
     return model
 
 
@@ -98,6 +127,8 @@ def noise() -> torch.Tensor:
 
 
 TIMESTEPS = torch.tensor([0, 400, 998])
+LABELS = torch.tensor([0, 4, 2])
+LABELLED = dict(num_classes=5, input_space="latent", prediction_target="noise")
 
 
 def equal_to(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
@@ -128,9 +159,25 @@ def literal_schedule(name: str, timesteps: torch.Tensor) -> tuple[torch.Tensor, 
     return squared.sqrt(), (1 - squared).sqrt()
 
 
-def literal_loss(config, processor, prediction, pixel_values, noise, timesteps) -> torch.Tensor:
+def literal_basis(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
+    """P directions of patches (P,P), of which the first K are those of the latents, and the variance along each.
+
+    A learned tokenizer's are not orthonormal, and no loss of it asks for more than K.
+    """
+    basis = processor.components
+    if model.config.tokenizer == "pixels":
+        basis = torch.eye(P, dtype=torch.float64)
+    elif model.config.tokenizer != "patch_pca":
+        first = model.ldae.tokenizer.components
+        others = torch.linalg.svd(first)[2][K:]  # orthogonal to the first
+        basis = torch.cat([first, others])
+    return basis, (basis @ processor.components.T).square() @ processor.explained_variance
+
+
+def literal_loss(model, processor, prediction, pixel_values, noise, timesteps) -> torch.Tensor:
     """lambda_t / K · Σ_i w_i r_i² over all P directions, mean over images and tokens."""
-    basis, mean, variance = processor.components, processor.mean, processor.explained_variance
+    config, K = model.config, model.config.latent_dim
+    (basis, variance), mean = literal_basis(model, processor), processor.mean
     patches = unfolded(pixel_values)
     scalar = 1.0 if config.latent_scaling == "none" else variance[:K].mean() ** -0.5
     scales = variance[:K] ** -0.5 if config.latent_scaling == "whiten" else scalar * torch.ones(K, dtype=torch.float64)
@@ -153,7 +200,7 @@ def literal_loss(config, processor, prediction, pixel_values, noise, timesteps) 
             tail = scalar * (patches - mean - prediction) @ basis[K:].T
             residue = torch.cat([inside, tail], dim=-1)
             weights[K:] = config.residual_weight
-    level_weights = gammas**2 / (gammas**2 + sigmas**2)
+    level_weights = gammas**2 / (gammas**2 + sigmas**2 if config.loss_weighting == "signal_share" else sigmas**2)
     if config.prediction_target == "noise":
         level_weights = torch.ones_like(gammas)
     return (level_weights / K * (weights * residue**2).sum(-1, keepdim=True)).mean()
@@ -173,8 +220,163 @@ def test_every_loss_is_its_literal_formula_over_all_directions(pair, latent_scal
         with torch.no_grad():
             output = model(pixel_values, timesteps=timesteps, noise=noise)
         assert output.prediction.shape == (3, N, K if model.prediction_target.answers_in_latents else P)
-        expected = literal_loss(model.config, processor, output.prediction, pixel_values, noise, timesteps)
+        expected = literal_loss(model, processor, output.prediction, pixel_values, noise, timesteps)
         equal_to(output.loss, expected)
+
+
+OTHER_TOKENIZERS = [
+    (tokenizer, pair)
+    for tokenizer in ("pixels", "random_projection", "patch_ae", "patch_vae")
+    for pair, tokenizers in LEGAL_COMBINATIONS.items()
+    if tokenizer in tokenizers
+]
+
+
+@pytest.mark.parametrize("latent_scaling", ["global", "whiten"])
+@pytest.mark.parametrize(("tokenizer", "pair"), OTHER_TOKENIZERS)
+def test_the_losses_of_the_other_tokenizers_are_the_same_formula(
+    tokenizer, pair, latent_scaling, processors, pixel_values
+):
+    keys = dict(tokenizer=tokenizer, latent_scaling=latent_scaling)
+    processor = processor_for(processors, **keys)
+    keys |= dict(input_space=pair[0], prediction_target=pair[1], latent_dim=processor.latent_dim)
+    noise = torch.randn(3, N, processor.latent_dim, dtype=torch.float64)
+    for weighting in LOSS_WEIGHTINGS if pair[1] != "noise" else ("signal_share",):
+        model = build(
+            processor=processor, noise_schedule="linear_gamma_squared", loss_weighting=weighting, num_classes=5, **keys
+        )
+        with torch.no_grad():
+            output = model(pixel_values, labels=LABELS, timesteps=TIMESTEPS, noise=noise)
+        expected = literal_loss(model, processor, output.prediction, pixel_values, noise, TIMESTEPS)
+        # A learned tokenizer holds the variances in float32.
+        equal_to(output.loss, expected, 1e-7 if tokenizer in LEARNED_PATCH_TOKENIZERS else 1e-11)
+
+
+@pytest.mark.parametrize("schedule", ["linear_gamma_squared", "ddpm_linear"])
+def test_weighted_by_signal_to_noise_predicting_latents_costs_what_predicting_noise_does(
+    schedule, processor, pixel_values, noise
+):
+    # An answer ẑ says that the noise is ε̂ = (z_t - gamma ẑ) / sigma, and gamma² / sigma² |z - ẑ|² = |ε - ε̂|².
+    keys = dict(processor=processor, input_space="latent", noise_schedule=schedule)
+    latent_model = build(prediction_target="latent", loss_weighting="snr", **keys)
+    noise_model = build(prediction_target="noise", **keys)
+    with torch.no_grad():
+        output = latent_model(pixel_values, timesteps=TIMESTEPS, noise=noise)
+        gammas, sigmas = literal_schedule(schedule, TIMESTEPS)
+        implied = (output.noisy_tokens - gammas * output.prediction) / sigmas
+        equal_to(output.loss, noise_model.loss(implied, None, None, noise, TIMESTEPS), 1e-9)
+
+
+@pytest.mark.parametrize("pair", LEGAL_COMBINATIONS)
+def test_cached_tokens_stand_for_images_where_the_target_is_latents(pair, processor, pixel_values, noise):
+    model = build(processor=processor, input_space=pair[0], prediction_target=pair[1])
+    tokens = model.ldae.tokenizer.encode(pixel_values)
+    given = dict(timesteps=TIMESTEPS, noise=noise)
+    with torch.no_grad():
+        if not model.prediction_target.answers_in_latents:
+            with pytest.raises(ValueError, match="^Cached tokens can stand for images only where the target is"):
+                model(tokens=tokens, **given)
+            return
+        output, expected = model(tokens=tokens, **given), model(pixel_values, **given)
+    for name in ("loss", "prediction", "noisy_tokens", "timesteps"):
+        assert torch.equal(output[name], expected[name]), name
+
+
+def test_cached_tokens_of_another_shape_and_no_input_at_all_are_refused(processor):
+    model = build(processor=processor, prediction_target="latent")
+    for tokens in (torch.zeros(3, 15, K), torch.zeros(3, N, K + 1), torch.zeros(3, N)):
+        with pytest.raises(ValueError) as error:
+            model(tokens=tokens)
+        assert str(error.value) == f"tokens must be (batch, N, 8) with N a square, not {tuple(tokens.shape)}."
+    with pytest.raises(ValueError, match="^forward.. needs pixel_values, or tokens in their place.$"):
+        model()
+    with pytest.raises(ValueError, match="^There are no pixel_values.$"):
+        model.ldae(pixel_values=None)
+
+
+# -- class labels -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def labelled(processor) -> LDAEForPreTraining:
+    """Shared and not to be changed: take a copy for that."""
+    return build(processor=processor, **LABELLED)
+
+
+@torch.no_grad()
+def test_a_label_changes_the_answer_and_without_one_an_image_is_of_no_class(labelled, pixel_values, noise):
+    given = dict(timesteps=TIMESTEPS, noise=noise)
+    plain, with_labels = labelled(pixel_values, **given), labelled(pixel_values, labels=LABELS, **given)
+    assert (with_labels.prediction - plain.prediction).abs().amax((1, 2)).min() > 1e-3
+    null = labelled(pixel_values, labels=torch.full((3,), 5), **given)
+    equal_to(null.prediction, plain.prediction)
+    equal_to(labelled(pixel_values, labels=LABELS.int(), **given).prediction, with_labels.prediction)
+
+
+@torch.no_grad()
+def test_dropped_labels_are_replaced_by_no_class_in_their_rows_only(labelled, pixel_values, noise):
+    given = dict(timesteps=TIMESTEPS, noise=noise)
+    plain, with_labels = labelled(pixel_values, **given), labelled(pixel_values, labels=LABELS, **given)
+    for mode in (True, False):
+        model = copy.deepcopy(labelled).train(mode)
+        dropped = torch.tensor([True, False, True])
+        output = model(pixel_values, labels=LABELS, dropped_labels=dropped, **given)
+        for row, expected in enumerate((plain, with_labels, plain)):
+            equal_to(output.prediction[row], expected.prediction[row])
+
+
+@torch.no_grad()
+def test_labels_are_dropped_at_random_in_training_only_and_as_often_as_configured(labelled, pixel_values, noise):
+    given = dict(timesteps=TIMESTEPS, noise=noise)
+    model = copy.deepcopy(labelled)
+    embedding, many = model.ldae.label_embedding, torch.arange(20_000) % 5
+    assert torch.equal(embedding.drop(many, None), many)
+    torch.manual_seed(13)
+    dropped = embedding.train().drop(many, None)
+    assert (dropped == 5).double().mean().item() == pytest.approx(0.1, abs=0.01)  # five standard deviations
+    assert torch.equal(dropped[dropped != 5], many[dropped != 5])
+    for share, labels in ((0, LABELS), (1, None)):
+        embedding.dropout_prob = share
+        expected = labelled(pixel_values, labels=labels, **given).prediction
+        equal_to(model.train()(pixel_values, labels=LABELS, **given).prediction, expected)
+
+
+@torch.no_grad()
+def test_the_encoder_of_a_labelled_model_takes_features_as_no_class(labelled, pixel_values):
+    encoder = labelled.ldae
+    conditioning = encoder.timestep_embedding(torch.tensor([10])) + encoder.label_embedding.table.weight[5]
+    states = encoder.encode(encoder.tokenizer.encode(pixel_values), conditioning, (4, 4))
+    equal_to(encoder(pixel_values).last_hidden_state, F.layer_norm(states, (D,), eps=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (torch.tensor([0, 6, 1]), "Labels must lie in 0 ... 4 (num_classes=5), but 6 was given."),
+        (torch.tensor([0, -1, 1]), "Labels must lie in 0 ... 4 (num_classes=5), but -1 was given."),
+        (torch.tensor([0.0, 1, 2]), "labels must be 3 integers, one for each image, not torch.float32 of shape (3,)."),
+        (torch.tensor([0, 1]), "labels must be 3 integers, one for each image, not torch.int64 of shape (2,)."),
+        (torch.tensor(1), "labels must be 3 integers, one for each image, not torch.int64 of shape ()."),
+        (
+            torch.tensor([[0], [1], [2]]),
+            "labels must be 3 integers, one for each image, not torch.int64 of shape (3,",
+        ),
+        (
+            torch.ones(3, dtype=torch.uint8),
+            "labels must be 3 integers, one for each image, not torch.uint8 of shape (",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_are_one_clear_sentence(labels, sentence, labelled, pixel_values):
+    for mode in (True, False):
+        with pytest.raises(ValueError) as error:
+            copy.deepcopy(labelled).train(mode)(pixel_values, labels=labels, timesteps=0)
+        assert str(error.value).startswith(sentence)
+
+
+def test_a_model_without_classes_refuses_labels(pretraining, pixel_values):
+    with pytest.raises(ValueError, match="^This model has no class labels .num_classes=None.; leave `labels` out.$"):
+        pretraining(pixel_values, labels=LABELS)
 
 
 @pytest.mark.parametrize("latent_scaling", LATENT_SCALINGS)
@@ -707,13 +909,14 @@ def test_the_encoder_at_a_fixed_timestep_is_transformers_plain_vit(conditioning_
         equal_to(theirs, encoder(larger).last_hidden_state, 1e-10)
 
 
+@pytest.mark.parametrize("freq_shift", [0, 1])
 @torch.no_grad()
-def test_the_network_in_dits_form_is_diffusers_dit(processor, pixel_values, noise):
+def test_the_labelled_network_in_dits_form_is_diffusers_dit(freq_shift, processor, pixel_values, noise):
     from diffusers import DiTTransformer2DModel
     from diffusers.models.embeddings import Timesteps
 
-    keys = dict(input_space="latent", prediction_target="noise", conditioning_hidden_size=None)
-    model = build(processor=processor, noise_schedule="ddpm_linear", **keys)
+    keys = dict(conditioning_hidden_size=None, noise_schedule="ddpm_linear", timestep_freq_shift=freq_shift)
+    model = build(processor=processor, **LABELLED, **keys)
     dit = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=D // 2,
@@ -722,7 +925,7 @@ def test_the_network_in_dits_form_is_diffusers_dit(processor, pixel_values, nois
         sample_size=4,
         patch_size=1,
         norm_eps=1e-6,
-        num_embeds_ada_norm=1,
+        num_embeds_ada_norm=5,
     )
     dit = dit.double().eval()
     assert dit.pos_embed.pos_embed.shape == model.ldae.position_embeddings.shape
@@ -730,9 +933,9 @@ def test_the_network_in_dits_form_is_diffusers_dit(processor, pixel_values, nois
     dit.pos_embed.proj.bias.copy_(model.ldae.patch_embedding.bias)
     for ours, theirs in zip([*model.ldae.layers, *model.decoder.layers], dit.transformer_blocks, strict=True):
         embedding = theirs.norm1.emb
-        # diffusers shifts the frequencies by one where DiT does not.
-        embedding.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        embedding.class_embedder.embedding_table.weight.zero_()
+        if freq_shift == 0:  # diffusers shifts the frequencies by one where DiT does not
+            embedding.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        embedding.class_embedder.embedding_table.load_state_dict(model.ldae.label_embedding.table.state_dict())
         embedding.timestep_embedder.linear_1.load_state_dict(model.ldae.timestep_embedding.fc1.state_dict())
         embedding.timestep_embedder.linear_2.load_state_dict(model.ldae.timestep_embedding.fc2.state_dict())
         theirs.norm1.linear.load_state_dict(ours.modulation[1].state_dict())
@@ -745,10 +948,14 @@ def test_the_network_in_dits_form_is_diffusers_dit(processor, pixel_values, nois
     dit.proj_out_1.load_state_dict(model.decoder.modulation[1].state_dict())
     dit.proj_out_2.load_state_dict(model.decoder.head.state_dict())
 
-    output = model(pixel_values, timesteps=TIMESTEPS, noise=noise)
-    image = output.noisy_tokens.transpose(1, 2).unflatten(2, (4, 4))
-    theirs = dit(image, timestep=TIMESTEPS, class_labels=torch.zeros(3, dtype=torch.long)).sample
-    equal_to(output.prediction, theirs.flatten(2).transpose(1, 2), 1e-10)
+    given = dict(timesteps=TIMESTEPS, noise=noise)
+    third_dropped = dict(labels=LABELS, dropped_labels=torch.tensor([False, False, True]))
+    # For diffusers too "no class" is the last row.
+    for ours, class_labels in ((dict(labels=LABELS), LABELS), (third_dropped, [0, 4, 5]), ({}, [5, 5, 5])):
+        output = model(pixel_values, **given, **ours)
+        image = output.noisy_tokens.transpose(1, 2).unflatten(2, (4, 4))
+        theirs = dit(image, timestep=TIMESTEPS, class_labels=torch.as_tensor(class_labels)).sample
+        equal_to(output.prediction, theirs.flatten(2).transpose(1, 2), 1e-10)
 
 
 def test_positions_are_the_fixed_2d_sines_and_cosines_of_diffusers():
@@ -759,15 +966,16 @@ def test_positions_are_the_fixed_2d_sines_and_cosines_of_diffusers():
         equal_to(sincos_positions(D, (grid_size, grid_size))[0], theirs.float(), 1e-6)
 
 
-def test_the_timestep_sinusoids_are_those_of_dit(encoder):
+@pytest.mark.parametrize("freq_shift", [0, 1])
+def test_the_timestep_sinusoids_are_those_of_dit_or_of_diffusers(freq_shift):
     from diffusers.models.embeddings import Timesteps
 
-    embedding = LDAETimestepEmbedding(encoder.config)
+    embedding = LDAETimestepEmbedding(LDAEConfig(**TINY, timestep_freq_shift=freq_shift))
     timesteps = torch.tensor([0, 1, 10, 999])
     shown = []
     embedding.fc1.register_forward_hook(lambda module, args, output: shown.append(args[0]))
     embedding(timesteps)
-    equal_to(shown[0], Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(timesteps), 1e-6)
+    equal_to(shown[0], Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)(timesteps), 1e-6)
 
 
 # -- processor and model ------------------------------------------------------------------------------------------
@@ -827,6 +1035,12 @@ CROSS_VARIANTS = {
     "dit_form": dict(conditioning_hidden_size=None, noise_schedule="ddpm_linear"),
     "latent": dict(input_space="latent", prediction_target="latent", latent_scaling="whiten"),
     "single_level": dict(noise_schedule="single_level", prediction_target="reconstruction"),
+    "pixels": dict(tokenizer="pixels", latent_dim=P, sigma_max=6.5),
+    "random_projection": dict(tokenizer="random_projection", noise_schedule="snr_matched_sigma"),
+    "patch_ae": dict(tokenizer="patch_ae", input_space="latent", prediction_target="latent"),
+    "labelled": dict(
+        LABELLED, tokenizer="patch_vae", noise_schedule="ddpm_linear", timestep_freq_shift=1, latent_scaling="whiten"
+    ),
 }
 
 # Runs where diffusers, datasets and accelerate cannot be imported: loading an encoder needs none of them.
@@ -861,7 +1075,7 @@ for case in json.loads((root / "cases.json").read_text()):
     result = {"refused": refused}
     if model is not None:
         reference = load_file(root / case["variant"] / "reference.safetensors")
-        inputs = {name: reference[name] for name in ("pixel_values", "noise")}
+        inputs = {name: reference[name] for name in ("pixel_values", "noise", "labels") if name in reference}
         encoder = model.base_model
         result["class"] = type(model).__name__
         result["wrong_encoder"] = compare(encoder, reference, "pretraining.ldae.")
@@ -894,7 +1108,7 @@ def damaged(source: Path, target: Path, keep) -> None:
 
 
 @pytest.fixture(scope="session")
-def report(processors, pixel_values, noise, tmp_path_factory) -> dict[str, dict]:
+def report(processors, pixel_values, tmp_path_factory) -> dict[str, dict]:
     """What a fresh process finds when it loads every saved folder into every class; one process, it starts slowly."""
     root = tmp_path_factory.mktemp("folders")
     cases = []
@@ -903,9 +1117,12 @@ def report(processors, pixel_values, noise, tmp_path_factory) -> dict[str, dict]
         name = name or f"{variant}: {Path(folder).name} into {into}"
         cases.append(dict(name=name, variant=variant, folder=str(folder), into=into, keys=keys))
 
-    pixels, noise = pixel_values.float(), noise.float()
+    pixels = pixel_values.float()
     for variant, keys in CROSS_VARIANTS.items():
-        processor = processors[keys.get("latent_scaling", "global")]
+        processor = processor_for(processors, **keys)
+        inputs = {"pixel_values": pixels, "noise": torch.randn(3, N, processor.latent_dim)}
+        if "num_classes" in keys:
+            inputs["labels"] = LABELS
         pretraining = build(processor=processor, dtype=torch.float32, **keys)
         classifier = build(LDAEForImageClassification, processor, torch.float32, num_labels=4, **keys)
         classifier.ldae.load_state_dict(pretraining.ldae.state_dict())
@@ -916,11 +1133,9 @@ def report(processors, pixel_values, noise, tmp_path_factory) -> dict[str, dict]
             model.save_pretrained(root / variant / kind)
             processor.save_pretrained(root / variant / kind)
         with torch.no_grad():
-            reference = {
-                "pixel_values": pixels,
-                "noise": noise,
+            reference = inputs | {
                 "features": pretraining.ldae(pixels).last_hidden_state,
-                "prediction": pretraining(pixels, timesteps=0, noise=noise).prediction,
+                "prediction": pretraining(**inputs, timesteps=0).prediction,
                 "logits": classifier(pixels).logits,
             }
         for kind in ("pretraining", "classifier"):
@@ -1031,6 +1246,8 @@ def test_the_noise_tables_follow_the_configuration_when_a_model_is_loaded_with_a
     fresh = LDAEForPreTraining(loaded.config)
     assert torch.equal(loaded.ldae.schedule.sigmas, fresh.ldae.schedule.sigmas)
     assert loaded.ldae.schedule.gammas[-1] == 0
+    stretched = LDAEForPreTraining.from_pretrained(tmp_path, sigma_max=6.5)
+    assert stretched.ldae.schedule.sigmas[-1] == 6.5
 
 
 def test_loading_can_tell_what_it_loaded(processor, tmp_path):

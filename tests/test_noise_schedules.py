@@ -1,4 +1,4 @@
-"""The four (gamma, sigma) tables and the module that holds one inside a model."""
+"""The (gamma, sigma) tables and the module that holds one inside a model."""
 
 import math
 
@@ -6,13 +6,19 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ldae_hf.noise_schedules import SCHEDULES, NoiseSchedule, clean_target_weight, noise_schedule_tables
+from ldae_hf.noise_schedules import (
+    SCHEDULES,
+    NoiseSchedule,
+    clean_target_weight,
+    noise_schedule_tables,
+    snr_weight,
+)
 
 
 LEVELS = 1000
 VARIANCE_PRESERVING = ("ddpm_linear", "linear_gamma_squared")
-UNSCALED_SIGNAL = ("linear_sigma", "single_level")
-MANY_LEVELS = (*VARIANCE_PRESERVING, "linear_sigma")
+UNSCALED_SIGNAL = ("linear_sigma", "single_level", "snr_matched_sigma")
+MANY_LEVELS = (*VARIANCE_PRESERVING, "linear_sigma", "snr_matched_sigma")
 
 
 def test_every_schedule_is_under_one_of_the_laws():
@@ -44,6 +50,8 @@ def test_the_signal_is_never_scaled(name):
 @pytest.mark.parametrize("name", MANY_LEVELS)
 def test_signal_to_noise_falls_at_every_level(name):
     gammas, sigmas = noise_schedule_tables(name, LEVELS)
+    if name == "snr_matched_sigma":  # its last level repeats the one before
+        gammas, sigmas = gammas[:-1], sigmas[:-1]
     assert ((gammas / sigmas).diff() < 0).all()
     assert (clean_target_weight(gammas, sigmas).diff() < 0).all()
 
@@ -54,6 +62,7 @@ def test_signal_to_noise_falls_at_every_level(name):
         ("linear_gamma_squared", (0.999**0.5, 0.001**0.5), (0.0, 1.0)),
         ("linear_sigma", (1.0, 0.0), (1.0, 2**0.5)),
         ("single_level", (1.0, (1 / 3) ** 0.5), (1.0, (1 / 3) ** 0.5)),
+        ("snr_matched_sigma", (1.0, (1 / 999) ** 0.5), (1.0, 999**0.5)),
         ("ddpm_linear", (0.9999**0.5, 0.0001**0.5), (0.00635282, 0.99997982)),
     ],
 )
@@ -69,6 +78,29 @@ def test_linear_schedules_are_linear():
     torch.testing.assert_close(gammas**2, 1 - (t + 1) / LEVELS, rtol=0, atol=1e-15)
     _, sigmas = noise_schedule_tables("linear_sigma", LEVELS)
     torch.testing.assert_close(sigmas, 2**0.5 * t / (LEVELS - 1), rtol=0, atol=1e-15)
+
+
+def test_snr_matched_sigma_has_the_ratios_and_the_loss_weights_of_linear_gamma_squared():
+    gammas, sigmas = noise_schedule_tables("linear_gamma_squared", LEVELS)
+    unscaled = noise_schedule_tables("snr_matched_sigma", LEVELS)
+    expected = ((1 - gammas**2) / gammas**2).sqrt()[:-1]
+    torch.testing.assert_close(unscaled[1], torch.cat([expected, expected[-1:]]), rtol=1e-12, atol=0)
+    for weight in (clean_target_weight, snr_weight):
+        torch.testing.assert_close(weight(*unscaled)[:-1], weight(gammas, sigmas)[:-1], rtol=1e-12, atol=0)
+
+
+def test_the_largest_sigma_of_linear_sigma_can_be_chosen_and_stretches_its_table():
+    _, sigmas = noise_schedule_tables("linear_sigma", LEVELS)
+    gammas, stretched = noise_schedule_tables("linear_sigma", LEVELS, sigma_max=4.8 * 2**0.5)
+    torch.testing.assert_close(stretched, 4.8 * sigmas, rtol=1e-12, atol=0)
+    assert torch.equal(gammas, torch.ones_like(gammas))
+    assert torch.equal(NoiseSchedule("linear_sigma", LEVELS, 4.8 * 2**0.5).sigmas, stretched.float())
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "linear_sigma"])
+def test_a_schedule_without_a_largest_sigma_to_choose_refuses_one(name):
+    with pytest.raises(ValueError, match=f"^sigma_max=2 is for the noise schedule 'linear_sigma', not '{name}'.$"):
+        noise_schedule_tables(name, LEVELS, sigma_max=2)
 
 
 def test_ddpm_linear_is_the_table_of_diffusers():
@@ -99,6 +131,14 @@ def test_the_loss_weight_does_not_change_with_the_scale_of_signal_and_noise():
 def test_the_mean_loss_weight_of_linear_sigma_tends_to_its_integral(levels, tolerance):
     weights = clean_target_weight(*noise_schedule_tables("linear_sigma", levels))
     assert weights.mean().item() == pytest.approx(math.atan(2**0.5) / 2**0.5, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_weight_by_signal_to_noise_is_the_ratio_itself(name):
+    gammas, sigmas = noise_schedule_tables(name, LEVELS)
+    share = clean_target_weight(gammas, sigmas)
+    kept = share < 1  # at sigma = 0 it is infinite
+    torch.testing.assert_close(snr_weight(gammas, sigmas)[kept], (share / (1 - share))[kept], rtol=1e-9, atol=0)
 
 
 def test_an_unknown_schedule_is_refused_with_the_names_of_the_known_ones():

@@ -1,16 +1,13 @@
-"""From a recipe to learning rate, steps and accumulation; AdamW, EMA and FLOPs; and that every recipe trains."""
+"""From a recipe to learning rate, steps and accumulation; AdamW, EMA and FLOPs."""
 
-from functools import cache
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForPreTraining
 
-from ldae_hf import SIZES, LDAEConfig, LDAEForPreTraining, LDAEImageProcessor
-from ldae_hf.recipes import RecipeError, load_recipe, recipe_names, tier_names
+from ldae_hf import SIZES, LDAEConfig
+from ldae_hf.recipes import load_recipe
 from ldae_hf.training.optimization import ExponentialMovingAverage, Plan, adamw, training_flops_per_image
 
 
@@ -167,60 +164,3 @@ def test_the_flops_of_an_image_are_three_measured_forward_passes(input_space, ta
 @pytest.mark.parametrize("size, gigaflops", [("half_l", 484), ("l", 966)])
 def test_the_flops_of_the_papers_models_are_known(size, gigaflops):
     assert training_flops_per_image(LDAEConfig(**SIZES[size])) == pytest.approx(gigaflops * 1e9, rel=0.01)
-
-
-# ---- every recipe
-
-
-def legal_combinations() -> list[tuple[str, str | None]]:
-    found = []
-    for name in recipe_names():
-        for tier in (None, *tier_names()):
-            try:
-                load_recipe(name, tier)
-            except RecipeError:  # the tier says nothing about a value of this recipe
-                continue
-            found.append((name, tier))
-    return found
-
-
-@cache
-def fitted_processor(patch_size: int, latent_dim: int, latent_scaling: str) -> LDAEImageProcessor:
-    """For images of 2 x 2 patches."""
-    side, values = 2 * patch_size, 3 * patch_size**2
-    images = np.random.default_rng(0).integers(0, 256, (values // 4 + 2, side, side, 3), dtype=np.uint8)
-    processor = LDAEImageProcessor(side, patch_size, latent_dim, latent_scaling)
-    return processor.fit(list(images), progress=False)
-
-
-@pytest.mark.parametrize("name, tier", legal_combinations())
-def test_every_recipe_in_every_tier_that_knows_it_trains_saves_and_loads(name, tier, tmp_path):
-    full = load_recipe(name, tier).model_config()
-    small = [f"model.image_size={2 * full.patch_size}", "model.size=cpu_b"]
-    recipe = load_recipe(name, tier, small)
-    config = recipe.model_config()
-    torch.manual_seed(0)
-    model = LDAEForPreTraining(config)
-    model.set_processor(fitted_processor(config.patch_size, config.latent_dim, config.latent_scaling))
-    optimizer = adamw(model, recipe.train["betas"], recipe.train["weight_decay"])
-    pixels = torch.rand(4, 3, config.image_size, config.image_size) * 2 - 1
-    for _ in range(4):  # the gates begin at zero, so that the first gradients reach the head and the gates only
-        optimizer.zero_grad()
-        loss = model(pixels).loss
-        loss.backward()
-        assert loss.isfinite()
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2
-        optimizer.step()
-    dead = [
-        key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
-    ]
-    assert not dead
-
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForPreTraining.from_pretrained(tmp_path)
-    assert loaded.config.to_dict().items() >= {"latent_dim": full.latent_dim, "patch_size": full.patch_size}.items()
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
-    inputs = dict(timesteps=0, noise=torch.randn(4, config.num_patches, config.latent_dim))
-    assert torch.equal(loaded.eval()(pixels, **inputs).prediction, model.eval()(pixels, **inputs).prediction)

@@ -177,9 +177,11 @@ def test_the_last_step_returns_the_predicted_clean_sample_and_draws_no_noise(nam
     assert torch.equal(generator.get_state(), before)
 
 
-def test_linear_sigma_samples_through_all_its_levels_down_to_the_one_without_noise():
+# The first goes down to a level without noise, the second begins with two levels that are equal.
+@pytest.mark.parametrize("name", ["linear_sigma", "snr_matched_sigma"])
+def test_sampling_goes_through_all_levels(name):
     for eta in (0, 1):
-        sample = sample_with(LDAEScheduler("linear_sigma", 50), normal(2, 5, 3), 50, eta=eta)
+        sample = sample_with(LDAEScheduler(name, 50), normal(2, 5, 3), 50, eta=eta)
         assert sample.isfinite().all()
 
 
@@ -193,7 +195,8 @@ def test_sampling_starts_with_the_variance_of_the_last_level_that_holds_signal(n
     last = 998 if name == "linear_gamma_squared" else 999
     assert scheduler.timesteps[0] == last
     assert scheduler.init_noise_sigma == pytest.approx((gammas[last] ** 2 + sigmas[last] ** 2).item() ** 0.5)
-    assert scheduler.init_noise_sigma == pytest.approx(3**0.5 if name == "linear_sigma" else 1, rel=1e-12)
+    expected = {"linear_sigma": 3**0.5, "snr_matched_sigma": 1000**0.5}.get(name, 1)
+    assert scheduler.init_noise_sigma == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLING_SCHEDULES)
@@ -346,13 +349,15 @@ def test_it_offers_what_a_diffusers_pipeline_asks_of_a_scheduler():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_saved_scheduler_comes_back_with_its_settings_and_tables(name, tmp_path):
-    saved = LDAEScheduler(name, num_train_timesteps=100, prediction_type="epsilon")
+    sigma_max = {"sigma_max": 6.5} if name == "linear_sigma" else {}
+    saved = LDAEScheduler(name, num_train_timesteps=100, prediction_type="epsilon", **sigma_max)
     saved.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert {key: value for key, value in settings.items() if not key.startswith("_")} == {
         "noise_schedule": name,
         "num_train_timesteps": 100,
         "prediction_type": "epsilon",
+        "sigma_max": sigma_max.get("sigma_max", 2**0.5),
     }
     for loaded in (LDAEScheduler.from_pretrained(tmp_path), LDAEScheduler.from_config(saved.config)):
         assert (loaded.config.noise_schedule, loaded.config.prediction_type) == (name, "epsilon")
@@ -363,7 +368,7 @@ def test_a_saved_scheduler_comes_back_with_its_settings_and_tables(name, tmp_pat
 
 def test_the_configuration_of_another_scheduler_is_refused():
     with pytest.raises(
-        ValueError, match="takes noise_schedule, num_train_timesteps, prediction_type, but not beta_end"
+        ValueError, match="takes noise_schedule, num_train_timesteps, prediction_type, sigma_max, but not beta_end"
     ):
         LDAEScheduler.from_config(diffusers.DDPMScheduler().config)
 
@@ -383,6 +388,7 @@ def test_a_misspelt_setting_is_refused_on_loading(tmp_path):
         ({"noise_schedule": "cosine"}, "no noise schedule 'cosine'"),
         ({"prediction_type": "v_prediction"}, "prediction_type='v_prediction' is not one of sample, epsilon"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0 must be at least 1"),
+        ({"noise_schedule": "ddpm_linear", "sigma_max": 2}, "sigma_max=2 is for the noise schedule 'linear_sigma'"),
         ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5 must be an integer"),
     ],
 )
