@@ -77,7 +77,7 @@ class TokenizerLatents:
         self.name = "PCA latents" if kind == "patch_pca" else f"{kind} latents"
         self.fingerprint = (
             f"{kind}_latents processor={processor.fingerprint} tokenizer={fingerprint} "
-            f"latent_dim={processor.latent_dim} latent_scaling={processor.latent_scaling}"
+            f"latent_dim={tokenizer.latent_dim} latent_scaling={tokenizer.latent_scaling}"
         )
 
     def __call__(self, pixels: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
