@@ -116,6 +116,14 @@ def adamw(model: nn.Module, betas: list[float], weight_decay: float = 0.0) -> to
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=tuple(betas), fused=True)
 
 
+def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """One step with this learning rate, and no gradients after it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 class ExponentialMovingAverage:
     """An fp32 average of a model's parameters: in bf16 a decay of 0.9999 would never move it.
 

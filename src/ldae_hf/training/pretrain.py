@@ -34,7 +34,7 @@ from .data import load_images, train_loader
 from .fit_pca import fit_processor
 from .loop import Loop, RunError, Step
 from .metrics_log import MetricsLog
-from .optimization import ExponentialMovingAverage, Plan, adamw, training_flops_per_image
+from .optimization import ExponentialMovingAverage, Plan, adamw, training_flops_per_image, update
 from .run_folder import check_options, check_same_run, identity, make_accelerator
 from .sources import ImageSource
 from .token_cache import cache_tokens, check_cacheable
@@ -280,13 +280,10 @@ def pretrain(
                 output = wrapped(**inputs)
                 accelerator.backward(output.loss / plan.accumulation)
             loss = loss + output.loss.detach() / plan.accumulation
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate_at(step)
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
         if recipe.train["max_grad_norm"] is not None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.train["max_grad_norm"], norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, plan.learning_rate_at(step))
         if ema is not None:
             ema.update(model)
         return Step({"loss": loss, "gradient_norm": norm}, waited)

@@ -34,7 +34,7 @@ from .data import ImageSource, crop_loader, eval_loader, load_images, train_load
 from .fit_pca import fit_processor
 from .loop import Loop, RunError, Step
 from .metrics_log import MetricsLog
-from .optimization import Plan, adamw
+from .optimization import Plan, adamw, update
 from .perceptual import LPIPS, LabelFeatures, train_label_features
 from .run_folder import check_options, check_same_run, identity, make_accelerator
 from .sampling import epoch_order
@@ -343,14 +343,6 @@ def finish(folder: Path, learned: LearnedTokenizer, accelerator: Accelerator) ->
     accelerator.wait_for_everyone()
     accelerator.print(f"tokenizer: {folder}")
     return folder
-
-
-def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """One step with this learning rate, and no gradients after it."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def paint(rows: torch.Tensor, processor: LDAEImageProcessor, file: Path) -> None:
