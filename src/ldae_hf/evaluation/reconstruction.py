@@ -166,6 +166,8 @@ def reconstruction_markdown(ledger: str | Path = LEDGER) -> str:
     ]
     for row in rows.values():
         name = f"`{row['recipe']}` ({row['tier']})" if row["recipe"] else f"`{row['tokenizer']}`, {row['name']}"
+        if perceptual := row["training"].get("perceptual_loss"):
+            name += f", perceptual loss: {perceptual}"
         errors = f"{row['squared_error']:.4f} | {row['pca']['squared_error']:.4f}"
         probe = f"{row['latents_top1']:.1f}" if "latents_top1" in row else ""
         lines.append(f"| {name} | {row['latent_dim']} | {errors} | {probe} |")
