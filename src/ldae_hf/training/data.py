@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..recipes import Recipe
 from .sampling import (
     Corruption,
     Crop,
@@ -60,6 +61,12 @@ class _InOrder(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((0, index) for index in self.indices)
+
+
+def loading_options(recipe: Recipe, seed: int, num_workers: int) -> dict:
+    """What every loader of a run is told of a recipe's images and crops."""
+    crops = {key: recipe.data[key] for key in ("crop", "crop_scale", "flip")}
+    return crops | dict(image_size=recipe.model["image_size"], seed=seed, num_workers=num_workers)
 
 
 def train_loader(

@@ -30,7 +30,7 @@ from .checkpointing import (
     write_folder,
     write_text,
 )
-from .data import load_images, train_loader
+from .data import load_images, loading_options, train_loader
 from .fit_pca import fit_processor
 from .loop import Loop, RunError, Step
 from .metrics_log import MetricsLog
@@ -162,14 +162,7 @@ def pretrain(
         write_text(output_dir / "run.json", json.dumps(run, indent=2))
 
     # ---- build: processor, model, optimizer
-    loading = dict(
-        image_size=config.image_size,
-        crop=data["crop"],
-        crop_scale=data["crop_scale"],
-        flip=data["flip"],
-        seed=seed,
-        num_workers=num_workers,
-    )
+    loading = loading_options(recipe, seed, num_workers)
     if processor is None and tokenizer is not None and (Path(tokenizer) / "processor").is_dir():
         processor = Path(tokenizer) / "processor"
     processor = fit_processor(output_dir / "processor", processor, config, source, recipe, accelerator, loading)

@@ -30,7 +30,7 @@ from ..recipes import Recipe, load_recipe
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_layers, generator_loss, hinge_loss
 from .autoencoders import ConvolutionalTraining, PatchAutoencoderTraining
 from .checkpointing import checkpoints, load_parts, save_parts, write_folder, write_text
-from .data import ImageSource, crop_loader, eval_loader, load_images, train_loader
+from .data import ImageSource, crop_loader, eval_loader, load_images, loading_options, train_loader
 from .fit_pca import fit_processor
 from .loop import Loop, RunError, Step
 from .metrics_log import MetricsLog
@@ -164,14 +164,7 @@ def train_with(
         write_text(output_dir / "run.json", json.dumps(run, indent=2))
 
     # ---- build: processor, autoencoder, discriminator, optimizers
-    loading = dict(
-        image_size=config.image_size,
-        crop=data["crop"],
-        crop_scale=data["crop_scale"],
-        flip=data["flip"],
-        seed=seed,
-        num_workers=num_workers,
-    )
+    loading = loading_options(recipe, seed, num_workers)
     processor = fit_processor(output_dir / "processor", processor, config, source, recipe, accelerator, loading)
     accelerator.print(f"{recipe.title}: {recipe.why}")
     if settings["pretrained"] is not None:
