@@ -3,7 +3,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from ldae_hf.cli import app, chosen_floors
+from ldae_hf.cli import app
+from ldae_hf.cli.evaluate import chosen_floors
 from ldae_hf.recipes import load_recipe, recipe_names, tier_names
 
 
@@ -90,7 +91,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
     def broken(ledger):
         raise IndexError("a bug")
 
-    monkeypatch.setattr("ldae_hf.cli.tree_text", broken)
+    monkeypatch.setattr("ldae_hf.cli.recipes.tree_text", broken)
     assert isinstance(ldae("recipes", "tree").exception, IndexError)
 
 

@@ -1,0 +1,29 @@
+"""The `ldae` command: one thin command per job, which imports what it needs when it runs, so that help is quick."""
+
+import typer
+
+from . import recipes, tokenizer, weights
+from .evaluate import knn, probe
+from .options import PLAIN
+from .pretrain import pretrain
+
+
+app = typer.Typer(**PLAIN, pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.callback()
+def ldae():
+    """Latent denoising autoencoders (l-DAE): train them, measure them, publish them.
+
+    \b
+    ldae recipes tree                        what there is to train
+    ldae recipes show l_dae --tier cpu       every value of one run
+    """
+
+
+app.command()(pretrain)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.command()(probe)
+app.command()(knn)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(weights.app, name="weights")

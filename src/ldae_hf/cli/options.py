@@ -1,0 +1,72 @@
+"""What the commands share: how they show an error, and options that mean the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from ldae_hf.recipes import tier_names
+
+
+# What a user can get wrong and mend (a value, a file, the network, a full disk); the message is the whole answer.
+# Anything else is a bug and shows its traceback.
+USER_ERRORS = (ValueError, OSError)
+
+
+class PlainErrors(TyperGroup):
+    """Prints a user's error on one line and ends with exit code 2."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read our output has gone: no error
+            raise
+        except USER_ERRORS as error:
+            message = str(error)
+            if message.startswith("Caught "):  # a data loader's worker sends its traceback, the message comes last
+                message = message.strip().splitlines()[-1].partition(": ")[2]
+            typer.echo(f"Error: {' '.join(message.split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+# Help is plain text: it can be copied, and rich need not be imported for it.
+PLAIN = dict(cls=PlainErrors, no_args_is_help=True, rich_markup_mode=None)
+
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe's name, or the path of your own .yaml file.")]
+Tier = Annotated[
+    str | None, typer.Option(help=f"Shrink the recipe: {', '.join(tier_names())}, or the path of your own .yaml file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value, for example train.epochs=2; may be repeated."),
+]
+
+# ---- of a training
+RunFolder = Annotated[Path, typer.Option(help="The run's folder; the same command goes on with what it holds.")]
+TrainingData = Annotated[
+    str | None, typer.Option(help="Images instead of the recipe's: a Hub name, or a folder of images or Parquet.")
+]
+ImageColumn = Annotated[str | None, typer.Option(help="The column of images; detected if not given.")]
+LabelColumn = Annotated[str | None, typer.Option(help="The column of labels; detected if not given.")]
+Processor = Annotated[Path | None, typer.Option(help="A folder with a fitted processor, instead of a new fit.")]
+PerceptualWeights = Annotated[
+    Path | None,
+    typer.Option(help="A folder with LPIPS's weights, for a tokenizer that is trained with it; see ldae weights."),
+]
+PerDeviceBatchSize = Annotated[
+    int | None, typer.Option(help="Images of one forward pass; the rest of the global batch is accumulated.")
+]
+NumWorkers = Annotated[int, typer.Option(help="Processes that decode images.")]
+MixedPrecision = Annotated[str, typer.Option(help="bf16 or no.")]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints; default one epoch.")]
+KeepCheckpoints = Annotated[int, typer.Option(help="How many checkpoints stay.")]
+LogEvery = Annotated[int, typer.Option(help="Steps between lines of metrics.jsonl.")]
+ReportTo = Annotated[list[str] | None, typer.Option(help="A tracker beside the log, e.g. tensorboard.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Stop after this step, with a checkpoint.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")]
+
+# ---- of results
+Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
+Ledger = Annotated[Path | None, typer.Option(help="Append the result to this JSON-lines file.")]
