@@ -32,7 +32,7 @@ from ldae_hf.evaluation.floors import (
     untrained_encoder,
 )
 from ldae_hf.evaluation.knn import knn
-from ldae_hf.evaluation.ledger import append_to_ledger, commit, read_ledger, result_table
+from ldae_hf.evaluation.ledger import append_to_ledger, read_ledger, result_table
 from ldae_hf.evaluation.linear_probe import _train_and_score, linear_probe
 from ldae_hf.evaluation.metrics import Top1Accuracy, accuracy, ranked_classes
 from ldae_hf.evaluation.online import online_evaluation
@@ -41,6 +41,7 @@ from ldae_hf.evaluation.run import run_knn, run_linear_probe
 from ldae_hf.latent_tokenizers import build_autoencoder
 from ldae_hf.patch_tokenizers import patchify
 from ldae_hf.recipes import load_recipe
+from ldae_hf.training.circumstances import commit
 from ldae_hf.training.data import load_images
 
 

@@ -21,7 +21,11 @@ LEAVES = {"configuration_ldae", "noise_schedules", "patch_tokenizers", "patch_co
 PARTS = {"layers_ldae", "prediction_targets"}
 MODELS = LEAVES | PARTS | {"modeling_ldae", "image_processing_ldae"}
 BESIDE_THE_MODELS = {"scheduling_ldae", "latent_tokenizers"}  # they need diffusers
+FOLDERS = {"manifest", "golden"}  # what makes a folder checkable
 MAY_IMPORT = {
+    "manifest": set(),
+    "progress": set(),
+    "golden": {"modeling_ldae"},
     "configuration_ldae": set(),
     "noise_schedules": {"configuration_ldae"},
     "patch_tokenizers": {"configuration_ldae"},
@@ -35,9 +39,9 @@ MAY_IMPORT = {
     "latent_tokenizers": {"configuration_ldae", "patch_tokenizers"},
     "ldae_hf": MODELS | BESIDE_THE_MODELS,
     "recipes": {"configuration_ldae"},
-    "training": MODELS | BESIDE_THE_MODELS | {"ldae_hf", "recipes"},
-    "evaluation": MODELS | BESIDE_THE_MODELS | {"ldae_hf", "recipes", "training"},
-    "cli": MODELS | BESIDE_THE_MODELS | {"ldae_hf", "recipes", "training", "evaluation", "weights"},
+    "training": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "progress"},
+    "evaluation": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "progress", "training"},
+    "cli": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "training", "evaluation", "weights"},
 }
 
 # Dependency -> the rooms that may know it. torchvision and timm break other parts of the stack just by being there.

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ldae_hf import LDAEImageProcessor
 from ldae_hf.cli import app
 from ldae_hf.training import checkpoints, load_images, pretrain
-from ldae_hf.training.checkpointing import check_folder
+from ldae_hf.manifest import check_folder
 
 
 NUM_IMAGES = 20  # two global batches of 8 an epoch, and four images that are left out
@@ -152,8 +152,12 @@ def test_what_a_run_leaves_behind(unbroken):
         "processor",
         "checkpoints",
         "metrics.jsonl",
+        "sessions.jsonl",
+        "run.lock",
+        "pictures",
         "encoder",
     }
+    assert len(list((unbroken / "pictures").iterdir())) == 5  # one an epoch
     for folder in (*checkpoints(unbroken / "checkpoints"), unbroken / "encoder", unbroken / "processor"):
         check_folder(folder)
     for folder in (*checkpoints(unbroken / "checkpoints"), unbroken / "encoder"):

@@ -250,6 +250,10 @@ class LDAEModel(LDAEPreTrainedModel):
         self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What transformers calls so; accelerate asks for it when it shards a model."""
+        return self.patch_embedding
+
     @property
     def grid(self) -> tuple[int, int]:
         """Patches of a training image, (rows, columns)."""

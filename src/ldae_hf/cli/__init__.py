@@ -6,6 +6,7 @@ from . import recipes, tokenizer, weights
 from .evaluate import knn, probe
 from .options import PLAIN
 from .pretrain import pretrain
+from .replay import replay
 
 
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False, add_completion=False)
@@ -22,6 +23,7 @@ def ldae():
 
 
 app.command()(pretrain)
+app.command()(replay)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(probe)
 app.command()(knn)

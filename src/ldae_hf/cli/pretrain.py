@@ -47,10 +47,12 @@ def pretrain(
     cache_latents: Annotated[
         bool, typer.Option(help="Encode every image once; for latent targets and centre crops.")
     ] = False,
+    quarantine: Annotated[Path | None, typer.Option(help="A file of `ldae data check`: images to leave out.")] = None,
     seed: Annotated[int, typer.Option(help="Of initialisation, order, crops, timesteps and noise.")] = 0,
     per_device_batch_size: PerDeviceBatchSize = None,
     num_workers: NumWorkers = 2,
     mixed_precision: MixedPrecision = "bf16",
+    deterministic: Annotated[bool, typer.Option(help="The same bits in every run on one kind of GPU.")] = False,
     attn_implementation: Annotated[
         str | None, typer.Option(help="sdpa, eager or flash_attention_2; by default what suits the device.")
     ] = None,
@@ -63,6 +65,7 @@ def pretrain(
         int | None,
         typer.Option(help="Steps between online probes, on up to 10,000 images of each split; default none."),
     ] = None,
+    watched: Annotated[int, typer.Option(help="Images to paint as the model restores them; 0 for none.")] = 8,
     report_to: ReportTo = None,
     max_steps: MaxSteps = None,
     max_minutes: MaxMinutes = None,

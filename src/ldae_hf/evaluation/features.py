@@ -10,11 +10,11 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from .. import __version__
 from ..image_processing_ldae import LDAEImageProcessor
 from ..modeling_ldae import LDAEPreTrainedModel
+from ..progress import progress_bar
 from ..training.data import ImageSource, eval_loader, load_images
 from .feature_maps import EncoderFeatures, FeatureMap, load_encoder
 
@@ -102,7 +102,7 @@ def extract(
         return results
 
     parts, labels, sample_ids, bad_images = [[] for _ in missing], [], [], set()
-    bar = tqdm(total=source.num_images, desc=f"features of {source.name}", unit=" images", disable=not progress)
+    bar = progress_bar(total=source.num_images, desc=f"features of {source.name}", unit=" images", disable=not progress)
     for batch in eval_loader(source, image_size, batch_size, num_workers):
         bad_images |= {bad["index"] for bad in batch["bad_images"]}
         # The loader puts another image in the place of a bad one: that would count it twice.

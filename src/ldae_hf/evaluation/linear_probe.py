@@ -10,8 +10,8 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from ..progress import progress_bar
 from .metrics import accuracy, check_features
 
 
@@ -112,7 +112,7 @@ def _train_and_score(features, labels, others, *, learning_rates, epochs, batch_
     generator = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(labels) // batch_size
     total = epochs * steps_per_epoch
-    bar = tqdm(range(epochs), desc="linear probe", unit=" epochs", leave=False, disable=not progress)
+    bar = progress_bar(range(epochs), desc="linear probe", unit=" epochs", leave=False, disable=not progress)
     for epoch in bar:
         order = torch.randperm(len(labels), generator=generator).to(features.device)
         for step in range(steps_per_epoch):

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..image_processing_ldae import LDAEImageProcessor
 from ..latent_tokenizers import LearnedTokenizer
 from ..patch_tokenizers import PatchPCA, Tokenizer, patchify
+from ..progress import progress_bar
+from ..training.circumstances import circumstances
 from ..training.data import ImageSource, eval_loader, load_images
 from ..training.tokenizers import tokenizer_folder
 from .features import FEATURE_CACHE, extract
 from .floors import TokenizerLatents
-from .ledger import LEDGER, append_to_ledger, circumstances, read_ledger
+from .ledger import LEDGER, append_to_ledger, read_ledger
 from .linear_probe import LEARNING_RATES, linear_probe
 
 
@@ -120,7 +121,7 @@ def reconstruction_errors(
     """Mean squared error of each tokenizer's decode(encode(x)), over pixels in [-1, 1]; images; unreadable images."""
     sums, images, bad_images = dict.fromkeys(modules, 0.0), 0, set()
     values = 3 * processor.image_size**2
-    bar = tqdm(total=source.num_images, desc="reconstruction", unit=" images", disable=not progress)
+    bar = progress_bar(total=source.num_images, desc="reconstruction", unit=" images", disable=not progress)
     for batch in eval_loader(source, processor.image_size, batch_size, num_workers):
         bad_images |= {bad["index"] for bad in batch["bad_images"]}
         good = torch.tensor([sample_id not in bad_images for sample_id in batch["sample_ids"].tolist()])

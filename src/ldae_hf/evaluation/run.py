@@ -10,12 +10,13 @@ from transformers.utils import cached_file
 from ..image_processing_ldae import LDAEImageProcessor
 from ..modeling_ldae import LDAEPreTrainedModel
 from ..recipes.recipe import Recipe
+from ..training.circumstances import circumstances
 from ..training.data import ImageSource, load_images
 from .feature_maps import EncoderFeatures, load_encoder
 from .features import FEATURE_CACHE, Features, extract
 from .floors import FLOORS, build_floors
 from .knn import knn
-from .ledger import append_to_ledger, circumstances
+from .ledger import append_to_ledger
 from .linear_probe import LEARNING_RATES, linear_probe
 
 

@@ -2,9 +2,19 @@
 
 from .checkpointing import checkpoints
 from .data import eval_loader, load_images
-from .loop import RunError
 from .pretrain import Evaluation, pretrain
+from .session import EXIT_CODE, Interrupted, RunError
 from .tokenizers import train_tokenizer
 
 
-__all__ = ["Evaluation", "RunError", "checkpoints", "eval_loader", "load_images", "pretrain", "train_tokenizer"]
+__all__ = [
+    "EXIT_CODE",
+    "Evaluation",
+    "Interrupted",
+    "RunError",
+    "checkpoints",
+    "eval_loader",
+    "load_images",
+    "pretrain",
+    "train_tokenizer",
+]

@@ -20,6 +20,7 @@ from .sampling import (
 )
 from .sources import BadImageError, ImageSource, load_images
 from .streaming import OrderedStream, StreamingLoader
+from .workers import shield_from_signals
 
 
 __all__ = ["BadImageError", "ImageSource", "crop_loader", "eval_loader", "load_images", "train_loader"]
@@ -51,10 +52,10 @@ class _CachedSamples(Dataset):
 
 
 class _InOrder(Sampler[tuple[int, int]]):
-    """Every `world_size`-th image once, as (epoch 0, index)."""
+    """Every `world_size`-th image from `start` on once, as (epoch 0, index)."""
 
-    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1):
-        self.indices = range(rank, num_images, world_size)
+    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1, start: int = 0):
+        self.indices = range(start + rank, num_images, world_size)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -137,6 +138,7 @@ def train_loader(
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
+            worker_init_fn=shield_from_signals,
             generator=torch.Generator(),  # else each start draws a seed from the generator that a run saves and resumes
         )
     accumulation = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
@@ -173,10 +175,16 @@ def crop_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    batch_size: int = 64,
+    start: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """The training crops of epoch 0, each image once over all processes: uint8 (B,C,image_size,image_size)."""
+    """The training crops of epoch 0, each image once over all processes: uint8 (B,C,image_size,image_size).
+
+    Args:
+        start: number of the first image; a stream begins with its first.
+    """
     make = SampleMaker(Crop(image_size, crop, tuple(crop_scale), flip, seed))
-    for batch in _one_pass(source, make, 64, num_workers, rank, world_size):
+    for batch in _one_pass(source, make, batch_size, num_workers, rank, world_size, start):
         yield batch["pixel_values"]
 
 
@@ -190,11 +198,11 @@ def eval_loader(source: ImageSource, image_size: int, batch_size: int, num_worke
     return _one_pass(source, SampleMaker(Crop(image_size)), batch_size, 1 if source.streaming else num_workers)
 
 
-def _one_pass(source, make, batch_size, num_workers, rank=0, world_size=1) -> DataLoader:
+def _one_pass(source, make, batch_size, num_workers, rank=0, world_size=1, start=0) -> DataLoader:
     if source.streaming:
         samples, order, num_workers = OrderedStream(source, make, rank, world_size), None, max(1, num_workers)
     else:
-        samples, order = _Samples(source, make), _InOrder(len(source), rank, world_size)
+        samples, order = _Samples(source, make), _InOrder(len(source), rank, world_size, start)
     return DataLoader(
         samples,
         sampler=order,
@@ -202,4 +210,5 @@ def _one_pass(source, make, batch_size, num_workers, rank=0, world_size=1) -> Da
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=shield_from_signals,
     )

@@ -1,29 +1,23 @@
 """What every training shares: steps until it is over, and between them reports, evaluations and checkpoints."""
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from tqdm import tqdm
 
-from .checkpointing import checkpoints
+from ..progress import progress_bar
+from .checkpointing import CheckpointWriter, checkpoints, load_rng, rng_tensors
 from .metrics_log import MetricsLog
 from .optimization import Plan
+from .session import Interrupted, RunError, Session
 
 
-class RunError(ValueError):
-    """A run that cannot start or go on; the message says why and what to do."""
-
-
-class Step(NamedTuple):
-    """What an optimizer step reports: `numbers` on the device, `loss` and `gradient_norm` among them, and the seconds
-    that it waited for data."""
+class Gradient(NamedTuple):
+    """What a step has computed, before it changes any weight: `numbers` on the device, `loss` and `gradient_norm` among
+    them, and the seconds that it waited for data."""
 
     numbers: dict[str, torch.Tensor]
     waited: float
@@ -34,15 +28,16 @@ class Loop:
     """Steps from where the run stands to its end, or to where it is told to stop.
 
     Args:
-        name: shown in the bar. folder: of the checkpoints. plan: what the run is. started: its `time.monotonic()`.
+        name: shown in the bar. writer: of the checkpoints. plan: what the run is. started: its `time.monotonic()`.
         checkpoint_every, evaluate_every: steps, default an epoch. log_every: steps between lines of the log.
         max_steps, max_minutes: stop early, with a checkpoint.
+        flops_per_image: of a step; None if nobody knows. peak_flops: of a device, per second; None for no MFU.
     """
 
     name: str
-    folder: Path
+    writer: CheckpointWriter
     plan: Plan
-    accelerator: Accelerator
+    session: Session
     log: MetricsLog
     log_every: int
     checkpoint_every: int | None = None
@@ -50,80 +45,140 @@ class Loop:
     max_steps: int | None = None
     max_minutes: float | None = None
     started: float = field(default_factory=time.monotonic)
+    flops_per_image: float | None = None
+    peak_flops: float | None = None
 
     def run(
         self,
         step: int,
-        take_step: Callable[[int], Step],
+        take_gradient: Callable[[int], Gradient],
+        apply_gradient: Callable[[int], dict[str, torch.Tensor]],
         save: Callable[[int], None],
         evaluate: Callable[[int], None] | None = None,
+        explain: Callable[[int, str, dict[str, float]], str] = lambda step, reason, numbers: "",
     ) -> int:
-        """Runs on from `step`; returns the step at which it stopped.
+        """Runs on from `step`; returns the step at which it stopped. All processes call all of these:
 
         Args:
-            take_step: given the steps done so far, takes one. save: writes a checkpoint; all processes call it.
-            evaluate: is called on the main process while the others wait.
+            take_gradient: given the steps done so far, computes the next one's gradient. apply_gradient: changes the
+                weights by it; returns further numbers for the log.
+            save: begins a checkpoint. evaluate: may be broken off by a signal; it is then done when the run goes on.
+            explain: notes what led to a loss or a gradient that is not finite; returns a sentence for the error.
 
         Raises:
-            RunError: the loss or the gradient is not finite.
+            RunError: the loss or the gradient is not finite, and no weight has been changed by it; or a checkpoint
+                could not be written, and the one before it is intact.
+            Interrupted: by a signal, after a checkpoint.
         """
-        plan, accelerator = self.plan, self.accelerator
+        plan, session = self.plan, self.session
         last_step = plan.total_steps if self.max_steps is None else min(self.max_steps, plan.total_steps)
         checkpoint_every = self.checkpoint_every or plan.steps_per_epoch
-        evaluate_every = self.evaluate_every or plan.steps_per_epoch
-        stops = step >= last_step
-        bar = tqdm(
+        number = 0  # of the signal that ends the run
+        if evaluate is not None and self.is_evaluated_at(step) and not self.log.has_evaluation(step):
+            number = self.evaluate(step, evaluate)  # which a signal broke off, or came before
+        stops = bool(number or step >= last_step)
+        bar = progress_bar(
             total=plan.total_steps * plan.global_batch_size,
             initial=step * plan.global_batch_size,
             unit=" images",
             unit_scale=True,
             desc=self.name,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file would get ten lines a second
-            disable=not accelerator.is_main_process,
+            disable=not session.accelerator.is_main_process,
         )
-        with bar:
+        try:
             while not stops:
                 began, learning_rate = time.monotonic(), plan.learning_rate_at(step)
-                taken = take_step(step)
+                gradient = take_gradient(step)
+                number, is_over, has_failed = self.agree_on(step, gradient, explain)
+                numbers = gradient.numbers | apply_gradient(step)
                 step += 1
+                session.step, session.stopped_by_limit = step, is_over or step == last_step < plan.total_steps
+                stops = bool(step == last_step or is_over or has_failed or number)
 
                 # ---- report
                 bar.update(plan.global_batch_size)
-                self.log.add(taken.numbers, taken.waited, time.monotonic() - began, plan.global_batch_size)
-                stops = step == last_step or self.is_over()
-                saves = stops or step % checkpoint_every == 0
-                if saves or step % self.log_every == 0:
-                    line = self.log.summary(step, epoch=step / plan.steps_per_epoch, learning_rate=learning_rate)
-                    self.check_finite(line)
-                    self.log.write(line)
-                    shown = dict(loss=f"{line['loss']:.4f}", wait=f"{line['data_wait']:.0%}", lr=f"{learning_rate:.1e}")
-                    bar.set_postfix(shown, refresh=False)
+                self.log.add(numbers, gradient.waited, time.monotonic() - began, plan.global_batch_size)
+                if stops or step % checkpoint_every == 0 or step % self.log_every == 0:
+                    bar.set_postfix(self.report(step, learning_rate), refresh=False)
 
                 # ---- save: after the evaluation, so that none is missing if the run dies between the two
-                if evaluate is not None and (step % evaluate_every == 0 or step == plan.total_steps):
-                    if accelerator.is_main_process:
-                        evaluate(step)
-                    accelerator.wait_for_everyone()
-                if saves:
-                    save(step)
-                    accelerator.wait_for_everyone()
+                if evaluate is not None and self.is_evaluated_at(step) and not number:
+                    number = self.evaluate(step, evaluate)
+                    stops = bool(stops or number)
+                if stops or step % checkpoint_every == 0:
+                    self.save(lambda step=step: save(step))
+            self.save(self.writer.wait)
+        finally:
+            bar.close()
+            self.writer.join()
+        if number:
+            raise Interrupted(number)
         return step
 
-    def is_over(self) -> bool:
-        """Whether the time is up in any process."""
-        if self.max_minutes is None:
-            return False
-        over = time.monotonic() - self.started > 60 * self.max_minutes
-        return bool(self.accelerator.reduce(torch.tensor(float(over), device=self.accelerator.device)).item())
+    def is_evaluated_at(self, step: int) -> bool:
+        """Whether an evaluation belongs to a step; none does to the start."""
+        every = self.evaluate_every or self.plan.steps_per_epoch
+        return step > 0 and (step % every == 0 or step == self.plan.total_steps)
 
-    def check_finite(self, line: dict) -> None:
-        """Raises RunError, before anything is saved, if the loss, the gradient or another number is not finite."""
-        wrong = [f"{name} is {value}" for name, value in line.items() if not math.isfinite(value)]
-        if not wrong:
-            return
-        found = checkpoints(self.folder)
-        raise RunError(
-            f"At step {line['step']} {' and '.join(wrong)}; "
-            f"{f'{found[-1]} is intact' if found else 'nothing has been saved'}, and another --output-dir with a "
-            "smaller learning rate, or with clipped gradients, may go further."
-        )
+    def agree_on(self, step: int, gradient: Gradient, explain: Callable) -> tuple[int, bool, bool]:
+        """A signal's number, whether the time is up, and whether a checkpoint has failed, in any process.
+
+        Raises:
+            RunError: the loss or the gradient is not finite in one of them.
+        """
+        numbers = {name: float(gradient.numbers[name]) for name in ("loss", "gradient_norm")}
+        finite = all(map(math.isfinite, numbers.values()))
+        is_over = self.max_minutes is not None and time.monotonic() - self.started > 60 * self.max_minutes
+        session = self.session
+        number, over, failed, wrong = session.agree(session.signals.number, is_over, self.writer.failed, not finite)
+        if wrong:
+            found = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+            reason = " and ".join(found) or "the loss of another process is not finite"
+            raise RunError(
+                f"At step {step + 1} {reason}; no weight has been changed by it, and {self.what_is_intact()}. "
+                f"{explain(step, reason, numbers)} Another --output-dir with a smaller learning rate, or with clipped "
+                "gradients, may go further."
+            )
+        return number, bool(over), bool(failed)
+
+    def report(self, step: int, learning_rate: float) -> dict[str, str]:
+        """Writes a line of the log; returns what the bar shows of it."""
+        line = self.log.summary(step, epoch=step / self.plan.steps_per_epoch, learning_rate=learning_rate)
+        shown = dict(loss=f"{line['loss']:.4f}", wait=f"{line['data_wait']:.0%}")
+        if self.flops_per_image is not None:
+            flops = line["images_per_second"] * self.flops_per_image
+            line["tflops_per_second"] = flops / 1e12
+            if self.peak_flops is not None:
+                line["mfu"] = flops / (self.peak_flops * self.plan.num_processes)
+                shown["mfu"] = f"{line['mfu']:.0%}"
+        self.save(lambda: self.log.write(line))
+        return shown | dict(lr=f"{learning_rate:.1e}")
+
+    def evaluate(self, step: int, evaluate: Callable[[int], None]) -> int:
+        """Returns the number of the signal that broke the evaluation off, which then leaves no trace; else 0."""
+        state = rng_tensors()
+        try:
+            evaluate(step)
+        except Interrupted as interrupted:
+            load_rng(state)
+            return interrupted.number
+        return 0
+
+    def save(self, write: Callable[[], None]) -> None:
+        """Calls `write` in all processes.
+
+        Raises:
+            RunError: there is no room for what it writes, or it cannot be written for another reason.
+        """
+        try:
+            self.session.together(write)
+        except OSError as error:
+            raise RunError(
+                f"Step {self.session.step} could not be saved: {error.strerror or error}. {self.what_is_intact()}; "
+                "make room, and run the same command again to go on from there."
+            ) from error
+
+    def what_is_intact(self) -> str:
+        self.writer.join()
+        found = checkpoints(self.writer.folder)
+        return f"{found[-1]} is intact" if found else "nothing has been saved yet"

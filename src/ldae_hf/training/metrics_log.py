@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from .checkpointing import write_text
+from ..manifest import write_text
 
 
 class MetricsLog:
@@ -28,9 +28,12 @@ class MetricsLog:
         self.total_images, self.total_seconds = 0, 0.0
         lines, bad = read_lines(self.file), read_lines(self.bad_file)
         self.seen_bad = {row["index"] for row in bad}
+        lines = [line for line in lines if line["step"] <= resume_at]
+        # What a step has computed says how fast it was; what an evaluation says has a line of its own.
+        self.evaluated = {line["step"] for line in lines if "images_per_second" not in line}
         accelerator.wait_for_everyone()  # all have read before the first one writes
         if accelerator.is_main_process:
-            for file, kept in (self.file, [line for line in lines if line["step"] <= resume_at]), (self.bad_file, bad):
+            for file, kept in (self.file, lines), (self.bad_file, bad):
                 if file.exists():
                     write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
         if accelerator.log_with:
@@ -86,8 +89,13 @@ class MetricsLog:
         self._append(self.file, line)
         self.accelerator.log({key: value for key, value in line.items() if key not in ("step", "time")}, line["step"])
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the log has a line of an evaluation at this step."""
+        return step in self.evaluated
+
     def write_evaluation(self, step: int, numbers: dict[str, float]) -> None:
         """Numbers of an evaluation, as a line of their own. The main process calls it."""
+        self.evaluated.add(step)
         self.write({"step": step, **numbers, "time": time.time()})
         tqdm.write(f"step {step:,}: " + " · ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..configuration_ldae import LDAEConfig
 from ..recipes import Recipe
+from .sharding import copy_, local
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ExponentialMovingAverage:
     """An fp32 average of a model's parameters: in bf16 a decay of 0.9999 would never move it.
 
     Attributes:
-        average: by the parameters' names, on their devices; it begins as a copy of them.
+        average: by the parameters' names, on their devices, sharded as they are; it begins as a copy of them.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -138,8 +138,8 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """average += (1 - decay) · (parameters - average)."""
-        values = [value.detach().float() for value in model.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), values, 1 - self.decay)
+        values = [local(value.detach()).float() for value in model.parameters()]
+        torch._foreach_lerp_([local(value) for value in self.average.values()], values, 1 - self.decay)
 
     @contextmanager
     def in_place_of_parameters(self, model: nn.Module) -> Iterator[None]:
@@ -163,20 +163,4 @@ class ExponentialMovingAverage:
 @torch.no_grad()
 def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> None:
     for name, value in target.items():
-        value.copy_(source[name])
-
-
-def training_flops_per_image(config: LDAEConfig) -> float:
-    """FLOPs of one training step per image: three times the forward's matrix products (backward = 2 · forward).
-
-    Counts the blocks, their attention, the patch embedding and the head at 2 FLOPs per multiply-add; the timestep
-    MLPs, the PCA and all elementwise work are left out, so that the number is a model property and MFU is honest.
-    """
-    width, tokens = config.hidden_size, config.num_patches
-    linear = width * (4 * width + 2 * config.intermediate_size)  # qkv, projection and MLP, multiply-adds per token
-    attention = 2 * tokens * width  # Q Kᵀ and the weighted sum
-    blocks = (config.num_hidden_layers + config.decoder_num_hidden_layers) * (linear + attention)
-    ends = width * (config.patch_dim if config.input_space == "pixel" else config.latent_dim)
-    answers_in_latents = config.input_space == "latent" or config.prediction_target == "latent"
-    ends += width * (config.latent_dim if answers_in_latents else config.patch_dim)
-    return 3 * 2 * tokens * (blocks + ends)
+        copy_(value, source[name])

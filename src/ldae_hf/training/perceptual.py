@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
+from ..progress import progress_bar
 from .sampling import random_generator
 
 
@@ -280,7 +280,7 @@ def train_label_features(
     steps_per_epoch = math.inf
     for epoch in range(epochs):
         images, correct, total_loss, step = 0, 0, 0.0, 0
-        for batch in tqdm(loader_of_epoch(epoch), desc=f"label features {epoch + 1}/{epochs}", disable=not progress):
+        for batch in progress_bar(loader_of_epoch(epoch), desc=f"label features {epoch + 1}/{epochs}", disable=not progress):
             if random_labels:
                 labels = torch.tensor([random_label(seed, int(i), num_classes) for i in batch["sample_ids"]])
             else:

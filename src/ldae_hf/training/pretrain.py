@@ -2,7 +2,7 @@
 
 Every random choice of the data (order, crop, timestep, noise) is a pure function of seed, epoch and sample, so the
 state of a run is its step, its weights and its optimizer, and for a stream its position; running the same command again
-goes on where the last checkpoint stands.
+goes on where the last checkpoint stands, on this layout of processes and workers or another.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -19,23 +20,23 @@ from transformers import AutoModelForPreTraining
 
 from ..configuration_ldae import LEARNED_TOKENIZERS
 from ..image_processing_ldae import LDAEImageProcessor
+from ..manifest import MANIFEST, write_text
 from ..modeling_ldae import LDAEForPreTraining
-from ..recipes import Recipe, load_recipe
-from .checkpointing import (
-    MANIFEST,
-    checkpoints,
-    load_checkpoint,
-    quietly,
-    save_checkpoint,
-    write_folder,
-    write_text,
-)
+from ..recipes import load_recipe
+from .checkpointing import CheckpointWriter, load_checkpoint, save_checkpoint
+from .costs import training_flops_per_image
 from .data import load_images, loading_options, train_loader
 from .fit_pca import fit_processor
-from .loop import Loop, RunError, Step
+from .hardware import peak_flops
+from .loop import Gradient, Loop
 from .metrics_log import MetricsLog
-from .optimization import ExponentialMovingAverage, Plan, adamw, training_flops_per_image, update
-from .run_folder import check_options, check_same_run, identity, make_accelerator
+from .optimization import ExponentialMovingAverage, Plan, adamw, update
+from .pictures import denoising_picture, watched_images
+from .publishing import published, save_encoder
+from .replay import note_failure
+from .run_folder import check_options, check_same_run, identity, newest_checkpoint
+from .session import RunError, Session, make_accelerator
+from .sharding import whole
 from .sources import ImageSource
 from .token_cache import cache_tokens, check_cacheable
 from .tokenizers import check_given, check_trainable, tokenizer_for_run
@@ -61,10 +62,12 @@ def pretrain(
     tokenizer: str | Path | None = None,
     perceptual_weights: str | Path | None = None,
     cache_latents: bool = False,
+    quarantine: str | Path | None = None,
     seed: int = 0,
     per_device_batch_size: int | None = None,
     num_workers: int = 2,
     mixed_precision: str = "bf16",
+    deterministic: bool = False,
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
     compile: bool = False,
@@ -73,6 +76,7 @@ def pretrain(
     log_every: int = 20,
     evaluate_every: int | None = None,
     evaluations: tuple[Evaluation, ...] | list[Evaluation] = (),
+    watched: int = 8,
     report_to: tuple[str, ...] | list[str] = (),
     max_steps: int | None = None,
     max_minutes: float | None = None,
@@ -80,7 +84,8 @@ def pretrain(
     """Pre-trains l-DAE, or goes on with a run that stands in `output_dir`.
 
     Writes into `output_dir`: `run.json`, `processor/`, `tokenizer/` (if it is a learned one), `checkpoints/step-…/`,
-    `metrics.jsonl`, `bad_images.jsonl` (if there are any) and at the end `encoder/`, which `AutoModel.from_pretrained`
+    `metrics.jsonl`, `sessions.jsonl` (when it ran, where, and why it ended), `pictures/`, `bad_images.jsonl` (if there
+    are any), `failures/` (if the loss was not finite) and at the end `encoder/`, which `AutoModel.from_pretrained`
     loads; of an EMA's weights, if there is one. Weights are kept in torch's default dtype.
 
     Args:
@@ -97,10 +102,12 @@ def pretrain(
         perceptual_weights: as in [`train_tokenizer`].
         cache_latents: encode every image once, in fp32, and train on what is kept; for latent targets and centre crops.
             (Without it images are encoded under the precision of the run.)
+        quarantine: a file that `ldae data check` wrote, of images to leave out.
         seed: of initialisation, order, crops, timesteps and noise.
         per_device_batch_size: images of one forward pass; the rest of the global batch is accumulated.
         num_workers: processes that decode images.
         mixed_precision: `"bf16"` or `"no"`. The PCA, the tables and the loss are fp32 in either.
+        deterministic: the same bits in every run on the same kind of GPU, at some cost; a CPU gives them anyway.
         attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`; default SDPA, and eager for bf16 on a CPU,
             where SDPA's backward is slow.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
@@ -109,6 +116,7 @@ def pretrain(
         log_every: steps between lines of `metrics.jsonl`.
         evaluations: callables, each with the model and the processor, that return numbers for the log.
         evaluate_every: steps between evaluations, default an epoch.
+        watched: images of which a picture is painted at every evaluation; 0 for none.
         report_to: accelerate's trackers beside the log, for example `"tensorboard"`.
         max_steps, max_minutes: stop early, with a checkpoint; the same command goes on from there.
 
@@ -116,14 +124,13 @@ def pretrain(
         The encoder's folder, or None if the run stopped early.
 
     Raises:
-        RunError: an option is out of range, the folder holds another run, or the loss is not finite.
-        CheckpointError: the newest checkpoint is damaged.
+        RunError: an option is out of range, the folder holds another run or is in use by one, a checkpoint cannot be
+            written, or the loss is not finite.
+        DamagedError: all checkpoints are damaged.
         ValueError: from the recipe, the data, the processor or the plan.
+        Interrupted: by SIGTERM, SIGINT or SIGUSR1, with all that had been done saved; as a SystemExit with code 75.
     """
-    started = time.monotonic()
-    output_dir = Path(output_dir)
-
-    # ---- resolve: what this run is
+    options = SimpleNamespace(**locals())
     at_least_one = dict(
         checkpoint_every=checkpoint_every,
         keep_checkpoints=keep_checkpoints,
@@ -131,78 +138,91 @@ def pretrain(
         evaluate_every=evaluate_every,
     )
     check_options(at_least_one, mixed_precision)
-    recipe: Recipe = load_recipe(recipe, tier, overrides)
+    options.recipe = load_recipe(recipe, tier, overrides)
+    options.output_dir = Path(output_dir)
+    accelerator = make_accelerator(options.output_dir, mixed_precision, report_to, deterministic)
+    with Session(accelerator, options.output_dir) as session:
+        return run(session, options)
+
+
+def run(session: Session, options: SimpleNamespace) -> Path | None:
+    """[`pretrain`] within a session; the options are its arguments."""
+    started = time.monotonic()
+
+    # ---- resolve: what this run is
+    accelerator, output_dir, recipe, seed = session.accelerator, options.output_dir, options.recipe, options.seed
     config, data = recipe.model_config(), recipe.data
-    accelerator = make_accelerator(output_dir, mixed_precision, report_to)
     run = {"seed": seed, "recipe": recipe.to_dict()}
     check_same_run(output_dir, run)
     encoder = output_dir / "encoder"
     if (encoder / MANIFEST).is_file():
         accelerator.print(f"this run is finished; encoder: {encoder}")
-        accelerator.end_training()
         return encoder
-    source = load_images(
-        data["dataset"] if dataset is None else dataset,
-        data["train_split"],
-        streaming=streaming,
-        image_column=image_column,
-        label_column=label_column,
-        num_images=num_images,
-    )
+    with session.signals.breaking_off():
+        source = load_images(
+            data["dataset"] if options.dataset is None else options.dataset,
+            data["train_split"],
+            streaming=options.streaming,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            num_images=options.num_images,
+            quarantine=options.quarantine,
+        )
     check_labels(config.num_classes, source)
-    if not check_given(tokenizer, output_dir, recipe, config):
-        check_trainable(recipe, config, source, perceptual_weights)
-    if cache_latents:
+    if not check_given(options.tokenizer, output_dir, recipe, config):
+        check_trainable(recipe, config, source, options.perceptual_weights)
+    if options.cache_latents:
         check_cacheable(config, data, source)
-    plan = Plan.derive(recipe, len(source), accelerator.num_processes, per_device_batch_size)
-    run |= {"num_images": plan.num_images, "streaming": source.streaming}
+    plan = Plan.derive(recipe, len(source), accelerator.num_processes, options.per_device_batch_size)
+    run |= {"num_images": plan.num_images, "streaming": source.streaming, "left_out": source.left_out}
     check_same_run(output_dir, run)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "run.json", json.dumps(run, indent=2))
+    session.own()
+    session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(run, indent=2)))
 
-    # ---- build: processor, model, optimizer
-    loading = loading_options(recipe, seed, num_workers)
-    if processor is None and tokenizer is not None and (Path(tokenizer) / "processor").is_dir():
-        processor = Path(tokenizer) / "processor"
-    processor = fit_processor(output_dir / "processor", processor, config, source, recipe, accelerator, loading)
+    # ---- build: processor, tokenizer, model, optimizer
+    loading = loading_options(recipe, seed, options.num_workers)
+    given_processor = options.processor
+    if given_processor is None and options.tokenizer is not None:
+        beside_tokenizer = Path(options.tokenizer) / "processor"
+        given_processor = beside_tokenizer if beside_tokenizer.is_dir() else None
+    processor = fit_processor(output_dir / "processor", given_processor, config, source, recipe, session, loading)
+    spent = (time.monotonic() - started) / 60
     training = dict(
-        dataset=dataset,
-        image_column=image_column,
-        label_column=label_column,
-        perceptual_weights=perceptual_weights,
+        dataset=options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        perceptual_weights=options.perceptual_weights,
         seed=seed,
-        num_workers=num_workers,
-        mixed_precision=mixed_precision,
-        log_every=log_every,
-        max_minutes=None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60,
+        num_workers=options.num_workers,
+        mixed_precision=options.mixed_precision,
+        log_every=options.log_every,
+        max_minutes=None if options.max_minutes is None else options.max_minutes - spent,
     )
-    learned = tokenizer_for_run(output_dir, tokenizer, recipe, config, processor, accelerator, training)
+    learned = tokenizer_for_run(output_dir, options.tokenizer, recipe, config, processor, session, training)
     if learned is None and config.tokenizer in LEARNED_TOKENIZERS:  # the time is over
-        accelerator.end_training()
         return None
+    session.leave_if_asked()
     torch.manual_seed(seed)
-    if attn_implementation is None:
-        slow_backward = accelerator.device.type == "cpu" and mixed_precision == "bf16"
-        attn_implementation = "eager" if slow_backward else "sdpa"
-    model = AutoModelForPreTraining.from_config(config, attn_implementation=attn_implementation)
+    model = AutoModelForPreTraining.from_config(config, attn_implementation=attention(options, accelerator))
     model.to(accelerator.device, torch.get_default_dtype()).train()
     model.set_processor(processor)
     if learned is not None:
         model.set_tokenizer(learned)
-    if gradient_checkpointing:
+    if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    if options.compile:
+        model.compile()  # inside DDP: accumulation and activation checkpointing then compile as they do without it
     optimizer = adamw(model, recipe.train["betas"], recipe.train["weight_decay"])
+    wrapped, _ = accelerator.prepare(model, optimizer)  # FSDP2 shards the parameters, in the optimizer too
     ema = None if plan.ema_decay is None else ExponentialMovingAverage(model, plan.ema_decay)
 
     # ---- resume: the newest checkpoint, if there is one
-    folder = output_dir / "checkpoints"
-    found = checkpoints(folder)
-    resumed = load_checkpoint(found[-1], model, optimizer, ema) if found else {"step": 0}
+    found = newest_checkpoint(output_dir / "checkpoints", session)
+    resumed = load_checkpoint(found, model, optimizer, ema) if found else {"step": 0}
     step = resumed["step"]
     cached = None
-    if cache_latents:
-        cached = cache_tokens(output_dir / "latents", model, processor, source, accelerator, loading)
+    if options.cache_latents:
+        cached = cache_tokens(output_dir / "latents", model, processor, source, session, loading)
     labelled = config.num_classes is not None
     input_names = ["pixel_values" if cached is None else "tokens", "timesteps", "noise"]
     input_names += ["labels", "dropped_labels"] if labelled else []
@@ -225,10 +245,12 @@ def pretrain(
     log.bad_images(cached.bad_images if cached is not None and accelerator.is_main_process else [])
     accelerator.print("\n".join([f"{recipe.title}: {recipe.why}", *plan.lines()]))
     if step:
-        accelerator.print(f"resuming at step {step:,} from {found[-1]}")
-    if compile:
-        model.compile()  # inside DDP: accumulation and activation checkpointing then compile as they do without it
-    wrapped = accelerator.prepare(model)
+        accelerator.print(f"resuming at step {step:,} from {found}")
+    writer = CheckpointWriter(output_dir / "checkpoints", options.keep_checkpoints, accelerator.is_main_process)
+    watched = None
+    if options.watched and not source.streaming:
+        watched = watched_images(source, config.image_size, min(options.watched, len(source)))
+    batches, sample_ids = iter(loader), []  # the latter of one step
 
     def add_what_belongs_to_it(path: Path, step: int) -> None:
         processor.save_pretrained(path)
@@ -239,31 +261,35 @@ def pretrain(
         write_text(path / "training.json", json.dumps(training, indent=2))
 
     def evaluate(step: int) -> None:
-        model.eval()
-        with ema.in_place_of_parameters(model) if ema is not None else nullcontext():
-            for evaluation in evaluations:
-                log.write_evaluation(step, evaluation(model, processor))
-        model.train()
+        with published(model, ema, session) as shown:
+            session.on_main(lambda: look_at(shown, step))
+
+    def look_at(shown: LDAEForPreTraining, step: int) -> None:
+        with session.signals.breaking_off():
+            if watched is not None:
+                (output_dir / "pictures").mkdir(exist_ok=True)
+                denoising_picture(shown, processor, watched).save(output_dir / "pictures" / f"step-{step:08d}.png")
+            found = [evaluation(shown, processor) for evaluation in options.evaluations]
+        for numbers in found:
+            log.write_evaluation(step, numbers)
 
     def save(step: int) -> None:
         images_seen = step * plan.global_batch_size
         state = {"step": step, "seed": seed, "recipe": recipe.title, "images_seen": images_seen}
         if source.streaming:
             state["stream"] = gather_object([loader.state_dict()])  # one of each process
-        if accelerator.is_main_process:
-            extras = partial(add_what_belongs_to_it, step=step)
-            save_checkpoint(folder, step, model, optimizer, ema, state, extras, keep_checkpoints)
+        save_checkpoint(writer, step, model, optimizer, ema, state, partial(add_what_belongs_to_it, step=step))
 
-    batches = iter(loader)
-
-    def take_step(step: int) -> Step:
-        """The gradient of one global batch, in parts, then AdamW."""
+    def take_gradient(step: int) -> Gradient:
+        """The gradient of one global batch, in parts."""
         waited, loss = 0.0, 0.0
+        sample_ids.clear()
         for part in range(plan.accumulation):
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
             log.bad_images(batch["bad_images"])
+            sample_ids.append(batch["sample_ids"])
             inputs = {name: batch[name].to(accelerator.device, non_blocking=True) for name in input_names}
             if "pixel_values" in inputs:
                 inputs["pixel_values"] = processor.normalize_pixels(inputs["pixel_values"])
@@ -276,42 +302,59 @@ def pretrain(
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
         if recipe.train["max_grad_norm"] is not None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.train["max_grad_norm"], norm)
+        return Gradient({"loss": loss, "gradient_norm": whole(norm)}, waited)
+
+    def apply_gradient(step: int) -> dict[str, torch.Tensor]:
         update(optimizer, plan.learning_rate_at(step))
         if ema is not None:
             ema.update(model)
-        return Step({"loss": loss, "gradient_norm": norm}, waited)
+        return {}
+
+    def explain(step: int, reason: str, numbers: dict[str, float]) -> str:
+        facts = dict(reason=reason, step=step, epoch=step // plan.steps_per_epoch, seed=seed, **numbers)
+        facts |= dict(dataset=source.name, streaming=source.streaming, num_images=plan.num_images)
+        facts |= {key: getattr(options, key) for key in ("image_column", "label_column", "mixed_precision")}
+        facts["quarantine"] = options.quarantine and str(options.quarantine)
+        facts["sample_ids"] = sum(gather_object([torch.cat(sample_ids).tolist()]), [])
+        extras = partial(add_what_belongs_to_it, step=step)
+        return note_failure(output_dir / "failures", facts, model, extras, session)
 
     loop = Loop(
         name=recipe.name,
-        folder=folder,
+        writer=writer,
         plan=plan,
-        accelerator=accelerator,
+        session=session,
         log=log,
-        log_every=log_every,
-        checkpoint_every=checkpoint_every,
-        evaluate_every=evaluate_every,
-        max_steps=max_steps,
-        max_minutes=max_minutes,
+        log_every=options.log_every,
+        checkpoint_every=options.checkpoint_every,
+        evaluate_every=options.evaluate_every,
+        max_steps=options.max_steps,
+        max_minutes=options.max_minutes,
         started=started,
+        flops_per_image=training_flops_per_image(config),
+        peak_flops=peak_flops(accelerator.device, options.mixed_precision),
     )
-    step = loop.run(step, take_step, save, evaluate if evaluations else None)
+    layout = {"per_device_batch_size": plan.per_device_batch_size, "accumulation": plan.accumulation}
+    session.begin(step, name=recipe.title, total_steps=plan.total_steps, num_workers=options.num_workers, **layout)
+    looks = watched is not None or options.evaluations
+    step = loop.run(step, take_gradient, apply_gradient, save, evaluate if looks else None, explain)
 
     if step < plan.total_steps:
         accelerator.print(f"stopped at step {step:,} of {plan.total_steps:,}; run the same command again to go on")
-    elif accelerator.is_main_process:
-        with ema.in_place_of_parameters(model) if ema is not None else nullcontext():
-            save_encoder(encoder, model, partial(add_what_belongs_to_it, step=step))
-        if rate := log.images_per_second():
-            flops = rate * training_flops_per_image(config)
-            accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
-        accelerator.print(f"encoder: {encoder}")
-    accelerator.wait_for_everyone()
-    # DDP goes before its process group: if it held the last reference, the group would end its threads while the
-    # interpreter is locked, and now and then wait for one of them for ever.
-    wrapped = None
-    accelerator.free_memory()
-    accelerator.end_training()
-    return encoder if step == plan.total_steps else None
+        return None
+    with published(model, ema, session) as shown:
+        session.on_main(lambda: save_encoder(encoder, shown, partial(add_what_belongs_to_it, step=step)))
+    if rate := log.images_per_second():
+        flops = rate * training_flops_per_image(config)
+        accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
+    accelerator.print(f"encoder: {encoder}")
+    return encoder
+
+
+def attention(options: SimpleNamespace, accelerator: Accelerator) -> str:
+    """The attention that is asked for, else the faster one."""
+    slow_backward = accelerator.device.type == "cpu" and options.mixed_precision == "bf16"
+    return options.attn_implementation or ("eager" if slow_backward else "sdpa")
 
 
 def check_labels(num_classes: int | None, source: ImageSource) -> None:
@@ -347,14 +390,3 @@ def stream_position(state: dict, accelerator: Accelerator) -> dict | None:
             "a stream can only be resumed on the layout that saved it."
         )
     return positions[accelerator.process_index]
-
-
-def save_encoder(folder: Path, model: LDAEForPreTraining, extras: Callable[[Path], None]) -> None:
-    """The encoder as a model repository."""
-
-    def write(path: Path) -> None:
-        with quietly():
-            model.ldae.save_pretrained(path)
-        extras(path)
-
-    write_folder(folder, write)

@@ -1,13 +1,10 @@
-"""A run's folder and machine, before anything is built: which run it holds, and accelerate's view of the machine."""
+"""A run's folder, before anything is built: which run it holds, and how far that is."""
 
 import json
-from datetime import timedelta
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
-
-from .loop import RunError
+from .checkpointing import newest_intact, set_aside
+from .session import RunError, Session
 
 
 def check_options(at_least_one: dict[str, int | None], mixed_precision: str) -> None:
@@ -17,26 +14,6 @@ def check_options(at_least_one: dict[str, int | None], mixed_precision: str) -> 
             raise RunError(f"{name} is {value}, but must be at least 1.")
     if mixed_precision not in ("bf16", "no"):  # fp16 needs its losses scaled
         raise RunError(f"mixed_precision is {mixed_precision!r}, but must be 'bf16' or 'no'.")
-
-
-def make_accelerator(output_dir: Path, mixed_precision: str, report_to) -> Accelerator:
-    """Accelerate's view of the machine.
-
-    Raises:
-        RunError: a tracker is not installed.
-    """
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        log_with=list(report_to) or None,
-        project_dir=output_dir,
-        # Accumulation is ours: the one that `accelerate config` may have set would divide the loss once more.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # The other processes wait while the main one evaluates and saves.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
-    if missing := {*report_to} - {"all", *map(str, accelerator.log_with)}:
-        raise RunError(f"The tracker {', '.join(sorted(missing))} is not installed.")
-    return accelerator
 
 
 def identity(run: dict) -> dict:
@@ -61,3 +38,17 @@ def check_same_run(output_dir: Path, run: dict) -> None:
                 f"{output_dir} holds a run with {key}={before[key]!r}, not {value!r}; "
                 "choose another --output-dir, or the values of that run to go on with it."
             )
+
+
+def newest_checkpoint(folder: Path, session: Session) -> Path | None:
+    """The newest intact checkpoint, the same in all processes; damaged ones behind it are said and set aside.
+
+    Raises:
+        DamagedError: there are checkpoints, and all are damaged.
+    """
+    newest, problems = newest_intact(folder)
+    session.accelerator.wait_for_everyone()  # all have looked before one is renamed
+    for problem in problems:
+        session.accelerator.print(f"warning: {problem} Going on from {newest}.")
+    session.on_main(lambda: set_aside(folder, newest))
+    return newest

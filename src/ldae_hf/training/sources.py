@@ -3,15 +3,19 @@
 import glob
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset_builder, load_from_disk
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from ..image_processing_ldae import read_image
+from .hub_access import patiently
+from .quarantine import Quarantine, digest, read_quarantine
+from .tar_files import tolerate_bad_members
 
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "img", "webp")
@@ -36,6 +40,8 @@ class ImageSource:
         label_column: None if there are no labels; they read as -1 then. label_names: if the data set has them.
         num_images: None for a stream that does not say.
         max_pixels: larger images are unusable; judged by the header, before decoding.
+        quarantine: images that are left out. A stream skips them; of other data sets `dataset` holds them no more, so
+            that images are numbered without them.
     """
 
     name: str
@@ -45,6 +51,7 @@ class ImageSource:
     label_names: list[str] | None
     num_images: int | None
     max_pixels: int = MAX_PIXELS
+    quarantine: Quarantine | None = None
 
     @property
     def streaming(self) -> bool:
@@ -71,6 +78,26 @@ class ImageSource:
             raise ValueError(f"Some images of {self.name} have no label; leave them out.")
         return max(labels) + 1
 
+    @property
+    def left_out(self) -> dict | None:
+        """What the quarantine file leaves out, for a run's identity: how many images, and a hash of them."""
+        return self.quarantine and {"images": len(self.quarantine.rows), "sha256": self.quarantine.sha256}
+
+    def file_bytes(self, row: dict) -> bytes:
+        """The image file of a row, as it is.
+
+        Raises:
+            BadImageError: there is none.
+        """
+        return _image_bytes(row[self.image_column], self.name)
+
+    def digest(self, row: dict) -> str:
+        """By which an image is known again: a hash of its file, or of the file's name if it is missing."""
+        try:
+            return digest(self.file_bytes(row))
+        except BadImageError:
+            return digest(Path((row[self.image_column] or {}).get("path") or "").name.encode())
+
     def read(self, row: dict) -> tuple[Image.Image, int]:
         """RGB image and label (-1 if there is none) of a row of `dataset`.
 
@@ -78,7 +105,9 @@ class ImageSource:
             BadImageError: the image is missing, empty, unreadable, truncated or too large.
         """
         try:
-            image = read_image(_image_bytes(row[self.image_column]), self.max_pixels)
+            image = read_image(self.file_bytes(row), self.max_pixels)
+        except BadImageError:
+            raise
         except ValueError as error:
             raise BadImageError(str(error)) from error
         label = row[self.label_column] if self.label_column else None
@@ -109,15 +138,19 @@ class ImageSource:
         return {"index": index} | ({"path": path} if path else {}) | {"reason": str(error)}
 
 
-def _image_bytes(value: dict | None) -> bytes:
+def _image_bytes(value: dict | None, name: str) -> bytes:
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise BadImageError("The row has no image.")
     if value["bytes"] is not None:
         return value["bytes"]
-    # Only what is wrong with this one file; a network or a disk that fails is a fault of the run.
-    try:
+
+    def read() -> bytes:
         with fsspec.open(value["path"], "rb") as file:
             return file.read()
+
+    # Only what is wrong with this one file; a network or a disk that fails is a fault of the run.
+    try:
+        return patiently(read, f"Reading {value['path']}", name)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise BadImageError(f"The file cannot be opened: {error.strerror or error}.") from error
 
@@ -134,8 +167,11 @@ def load_images(
     data_files: str | list | dict | None = None,
     num_images: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    quarantine: str | Path | None = None,
 ) -> ImageSource:
     """Opens a set of images, wherever `datasets` finds it. Local files are read without asking the network.
+
+    If the Hub does not answer, this waits and tries again, for about six minutes.
 
     Args:
         source: a folder (of images, of Parquet, tar or Arrow files, or written by `save_to_disk`), given as it stands
@@ -148,11 +184,14 @@ def load_images(
         streaming: read a stream instead of preparing the data set on disk.
         image_column, label_column: names; by default the first that there is of image, jpg, jpeg, png, img, webp, and
             of label, labels, cls, fine_label if it holds integers.
-        num_images: length of a stream, where it does not say or says it wrong.
+        num_images: length of a stream, where it does not say or says it wrong, with what the quarantine leaves out.
         max_pixels: images with more are unusable.
+        quarantine: a file of `ldae data check`; the images that it names are left out.
 
     Raises:
-        ValueError: no such file, split or column, a column of the wrong type, or no images.
+        ValueError: no such file, split or column, a column of the wrong type, no images, a data set of the Hub that is
+            gated, private or missing (the message says how to get access), or the quarantine of another data set.
+        ConnectionError: the Hub did not answer.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the data set"
     data = _open(source, name, split, config, streaming, data_dir, data_files)
@@ -174,7 +213,7 @@ def load_images(
     if num_images == 0:
         raise ValueError(f"{name} has no images in its split {split!r}.")
     data = data.with_format(None).select_columns([image_column] + ([label_column] if label_column else []))
-    return ImageSource(
+    source = ImageSource(
         name=name,
         dataset=data.cast_column(image_column, ImageFeature(decode=False)),
         image_column=image_column,
@@ -183,6 +222,27 @@ def load_images(
         num_images=num_images,
         max_pixels=max_pixels,
     )
+    return source if quarantine is None else _leave_out(source, quarantine)
+
+
+def _leave_out(source: ImageSource, file: str | Path) -> ImageSource:
+    """The source without the images that a quarantine file names."""
+    quarantine = read_quarantine(file, source.streaming, source.name)
+    if source.num_images not in (None, quarantine.num_images):
+        raise ValueError(
+            f"{file} was made for {quarantine.dataset} with {quarantine.num_images} images, but {source.name} has "
+            f"{source.num_images}: check this data set with `ldae data check`."
+        )
+    num_images = source.num_images and source.num_images - len(quarantine.rows)
+    if num_images == 0:
+        raise ValueError(f"{file} leaves out every image of {source.name}.")
+    dataset = source.dataset
+    if not source.streaming:  # the rows of a stream are compared when they come by
+        numbers = sorted(quarantine.rows)
+        for number in numbers[:: len(numbers) // 64 + 1]:
+            quarantine.check(number, source.digest(dataset[number]), source.name)
+        dataset = dataset.select([i for i in range(source.num_images) if i not in quarantine.rows])
+    return replace(source, dataset=dataset, num_images=num_images, quarantine=quarantine)
 
 
 def _open(source, name, split, config, streaming, data_dir, data_files) -> Dataset | IterableDataset:
@@ -222,12 +282,19 @@ def _open_files(files: list[str], name: str, split: str, streaming: bool) -> Dat
 
 
 def _build(title: str, split: str, streaming: bool, **arguments) -> Dataset | IterableDataset:
-    builder = load_dataset_builder(**arguments)
-    _check_split(title, split, builder.config.data_files or builder.info.splits or {})
-    if streaming:
-        return builder.as_streaming_dataset(split=split)
-    builder.download_and_prepare()
-    return builder.as_dataset(split=split)
+    def build() -> Dataset | IterableDataset:
+        builder = load_dataset_builder(**arguments)
+        _check_split(title, split, builder.config.data_files or builder.info.splits or {})
+        tolerate_bad_members(builder)
+        if streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+    try:
+        return patiently(build, f"Opening {title}", title)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{title} cannot be prepared: {error.__cause__ or error}") from error
 
 
 def _pick(splits: dict, name: str, split: str) -> Dataset | IterableDataset:

@@ -17,8 +17,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .hub_access import Patience
 from .sampling import SampleMaker, collate, random_generator
 from .sources import MAX_TRIES, BadImageError, ImageSource
+from .workers import shield_from_signals
 
 
 logger = logging.getLogger(__name__)
@@ -37,25 +39,40 @@ def process_shards(num_shards: int, rank: int, world_size: int) -> tuple[list[in
 def read_rows(
     source: ImageSource, shards: list[int], rank: int, world_size: int, start_place: int = 0, start_row: int = 0
 ) -> Iterator[tuple[int, int, str, dict]]:
-    """One pass over `shards` from a row on: (place in `shards`, row of the shard, name, content) of every row."""
+    """One pass over `shards` from a row on: (place in `shards`, row of the shard, name, content) of every row that is
+    in no quarantine. After a failure that passes, a shard is opened anew at the row that comes next."""
     # fsspec's event loop does not survive the fork of a worker.
     fsspec.asyn.reset_lock()
-    num_shards = source.dataset.num_shards
-    _, step = process_shards(num_shards, rank, world_size)
-    row = start_row
-    for place in range(start_place, len(shards)):
-        shard = source.dataset.shard(num_shards=num_shards, index=shards[place])
-        if row:
-            shard = shard.skip(row * step)
-        if step > 1:
-            shard = split_dataset_by_node(shard, rank, world_size)
-        # `iter` and not `__iter__`: the latter would deal out the rows to the workers once more.
-        for columns in shard.iter(batch_size=16):
-            for content in zip(*columns.values(), strict=True):
+    step = process_shards(source.dataset.num_shards, rank, world_size)[1]
+    left_out = source.quarantine.rows if source.quarantine else {}
+    row, place = start_row, start_place
+    patience = Patience(f"Reading {source.name}", source.name)
+    while place < len(shards):
+        try:
+            for content in _shard_rows(source.dataset, shards[place], row, step, rank, world_size):
+                patience.reset()
                 name = f"{shards[place]}:{row * step + (rank if step > 1 else 0)}"
-                yield place, row, name, dict(zip(columns, content, strict=True))
+                if name in left_out:
+                    source.quarantine.check(name, source.digest(content), source.name)
+                else:
+                    yield place, row, name, content
                 row += 1
-        row = 0
+            place, row = place + 1, 0
+        except Exception as error:
+            patience.wait(error)
+
+
+def _shard_rows(dataset, index: int, start_row: int, step: int, rank: int, world_size: int) -> Iterator[dict]:
+    """What a process reads of a shard, from a row of its own on."""
+    shard = dataset.shard(num_shards=dataset.num_shards, index=index)
+    if start_row:
+        shard = shard.skip(start_row * step)
+    if step > 1:
+        shard = split_dataset_by_node(shard, rank, world_size)
+    # `iter` and not `__iter__`: the latter would deal out the rows to the workers once more.
+    for columns in shard.iter(batch_size=16):
+        for content in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, content, strict=True))
 
 
 class OrderedStream(IterableDataset):
@@ -209,6 +226,7 @@ class StreamingLoader:
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=shield_from_signals,
             generator=torch.Generator(),  # else each start draws a seed from the generator that a run saves and resumes
         )
         for lane, state, batch in islice(loader, len(self)):

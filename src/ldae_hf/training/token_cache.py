@@ -12,16 +12,16 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ..configuration_ldae import LDAEConfig
 from ..image_processing_ldae import LDAEImageProcessor
+from ..manifest import check_folder, write_folder
 from ..modeling_ldae import LDAEForPreTraining
-from .checkpointing import check_folder, write_folder
+from ..progress import progress_bar
 from .data import ImageSource, eval_loader
+from .session import Session
 
 
 BYTES_PER_FILE = 2**28
@@ -77,7 +77,7 @@ def cache_tokens(
     model: LDAEForPreTraining,
     processor: LDAEImageProcessor,
     source: ImageSource,
-    accelerator: Accelerator,
+    session: Session,
     loading: dict,
 ) -> TokenCache:
     """Encodes every image of `source` with the model's tokenizer, unless `folder` holds the tokens already.
@@ -87,7 +87,8 @@ def cache_tokens(
         loading: image size, crop, flip and workers, as for `train_loader`.
 
     Raises:
-        CheckpointError: the tokens that are there are damaged.
+        DamagedError: the tokens that are there are damaged.
+        Interrupted: by a signal; the files that are done are kept.
     """
     key = {
         "tokenizer": [model.config.tokenizer, model.config.latent_dim, model.config.latent_scaling],
@@ -96,11 +97,11 @@ def cache_tokens(
     }
     folder = folder / sha256(json.dumps(key).encode()).hexdigest()[:16]
     already_there = (folder / INDEX).is_file()
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    session.accelerator.wait_for_everyone()  # all have looked before the first one writes
     if not already_there:
-        encode_all(folder, model, processor, source, accelerator, loading)
-    elif accelerator.is_main_process:
-        check_folder(folder, (INDEX,))
+        encode_all(folder, model, processor, source, session, loading)
+    else:
+        session.on_main(lambda: check_folder(folder, (INDEX,)))
     return TokenCache(folder)
 
 
@@ -110,44 +111,52 @@ def encode_all(
     model: LDAEForPreTraining,
     processor: LDAEImageProcessor,
     source: ImageSource,
-    accelerator: Accelerator,
+    session: Session,
     loading: dict,
 ) -> None:
     """Every process encodes its share of the files; those of an earlier attempt are kept."""
+    accelerator = session.accelerator
     tokens_shape = (model.config.num_patches, model.config.latent_dim)
     images_per_file = max(1, BYTES_PER_FILE // (4 * tokens_shape[0] * tokens_shape[1]))
     numbers = range(-(-len(source) // images_per_file))
     parts = folder.with_name(f".{folder.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(source), desc="latents", unit=" images", disable=not accelerator.is_main_process) as bar:
-        for number in numbers[accelerator.process_index :: accelerator.num_processes]:
-            rows = range(number * images_per_file, min((number + 1) * images_per_file, len(source)))
-            if not (parts / file_name(number)).is_file():
-                images = replace(source, dataset=source.dataset.select(rows), num_images=len(rows))
-                tokens, labels, bad_images = torch.empty(len(rows), *tokens_shape), [], []
-                for batch in eval_loader(images, loading["image_size"], 64, loading["num_workers"]):
-                    pixels = processor.normalize_pixels(batch["pixel_values"].to(accelerator.device))
-                    done = sum(map(len, labels))
-                    tokens[done : done + len(pixels)] = model.ldae.tokenizer.encode(pixels)
-                    labels.append(batch["labels"])
-                    bad_images += [bad | {"index": bad["index"] + rows.start} for bad in batch["bad_images"]]
-                aside = parts / f".{file_name(number)}"
-                tensors = {"tokens": tokens, "labels": torch.cat(labels)}
-                save_file(tensors, aside, metadata={"bad_images": json.dumps(bad_images)})
-                aside.replace(parts / file_name(number))
-            bar.update(len(rows) * accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
 
-        def write(path: Path) -> None:
-            bad_images = []
-            for number in numbers:
-                with safe_open(parts / file_name(number), "pt") as file:
-                    bad_images += json.loads(file.metadata()["bad_images"])
-                os.link(parts / file_name(number), path / file_name(number))  # nothing is lost if this is killed
-            index = {"num_images": len(source), "images_per_file": images_per_file, "bad_images": bad_images}
-            (path / INDEX).write_text(json.dumps(index, indent=2))
+    def encode_share() -> None:
+        bar = progress_bar(total=len(source), desc="latents", unit=" images", disable=not accelerator.is_main_process)
+        with bar, session.signals.breaking_off():
+            for number in numbers[accelerator.process_index :: accelerator.num_processes]:
+                rows = range(number * images_per_file, min((number + 1) * images_per_file, len(source)))
+                if not (parts / file_name(number)).is_file():
+                    encode_file(parts / file_name(number), rows)
+                bar.update(len(rows) * accelerator.num_processes)
 
+    def encode_file(target: Path, rows: range) -> None:
+        images = replace(source, dataset=source.dataset.select(rows), num_images=len(rows))
+        tokens, labels, bad_images = torch.empty(len(rows), *tokens_shape), [], []
+        for batch in eval_loader(images, loading["image_size"], 64, loading["num_workers"]):
+            pixels = processor.normalize_pixels(batch["pixel_values"].to(accelerator.device))
+            done = sum(map(len, labels))
+            tokens[done : done + len(pixels)] = model.ldae.tokenizer.encode(pixels)
+            labels.append(batch["labels"])
+            bad_images += [bad | {"index": bad["index"] + rows.start} for bad in batch["bad_images"]]
+        aside = target.with_name(f".{target.name}")
+        tensors = {"tokens": tokens, "labels": torch.cat(labels)}
+        save_file(tensors, aside, metadata={"bad_images": json.dumps(bad_images)})
+        aside.replace(target)
+
+    def write(path: Path) -> None:
+        bad_images = []
+        for number in numbers:
+            with safe_open(parts / file_name(number), "pt") as file:
+                bad_images += json.loads(file.metadata()["bad_images"])
+            os.link(parts / file_name(number), path / file_name(number))  # nothing is lost if this is killed
+        index = {"num_images": len(source), "images_per_file": images_per_file, "bad_images": bad_images}
+        (path / INDEX).write_text(json.dumps(index, indent=2))
+
+    def join() -> None:
         write_folder(folder, write)
         shutil.rmtree(parts)
-    accelerator.wait_for_everyone()
+
+    session.together(encode_share)
+    session.on_main(join)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 from torch import nn
 
@@ -25,19 +25,21 @@ from ..latent_tokenizers import (
     check_geometry,
     load_autoencoder,
 )
+from ..manifest import write_folder, write_text
 from ..patch_tokenizers import patchify
 from ..recipes import Recipe, load_recipe
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_layers, generator_loss, hinge_loss
 from .autoencoders import ConvolutionalTraining, PatchAutoencoderTraining
-from .checkpointing import checkpoints, load_parts, save_parts, write_folder, write_text
+from .checkpointing import CheckpointWriter, load_parts, save_parts
 from .data import ImageSource, crop_loader, eval_loader, load_images, loading_options, train_loader
 from .fit_pca import fit_processor
-from .loop import Loop, RunError, Step
+from .loop import Gradient, Loop
 from .metrics_log import MetricsLog
 from .optimization import Plan, adamw, update
 from .perceptual import LPIPS, LabelFeatures, train_label_features
-from .run_folder import check_options, check_same_run, identity, make_accelerator
+from .run_folder import check_options, check_same_run, identity, newest_checkpoint
 from .sampling import epoch_order
+from .session import RunError, Session, make_accelerator
 
 
 # Of the network of a perceptual loss: few enough images to train it within the time for which processes wait.
@@ -92,33 +94,29 @@ def train_tokenizer(
         dict(checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, log_every=log_every), mixed_precision
     )
     recipe = load_recipe(recipe, tier, overrides)
-    accelerator = make_accelerator(Path(output_dir), mixed_precision, report_to)
-    folder = train_with(
-        accelerator,
-        recipe,
-        Path(output_dir),
-        dataset=dataset,
-        image_column=image_column,
-        label_column=label_column,
-        processor=processor,
-        perceptual_weights=perceptual_weights,
-        seed=seed,
-        per_device_batch_size=per_device_batch_size,
-        num_workers=num_workers,
-        checkpoint_every=checkpoint_every,
-        keep_checkpoints=keep_checkpoints,
-        log_every=log_every,
-        max_steps=max_steps,
-        max_minutes=max_minutes,
-    )
-    accelerator.end_training()
-    return folder
+    with Session(make_accelerator(Path(output_dir), mixed_precision, report_to), Path(output_dir)) as session:
+        return train_with(
+            session,
+            recipe,
+            dataset=dataset,
+            image_column=image_column,
+            label_column=label_column,
+            processor=processor,
+            perceptual_weights=perceptual_weights,
+            seed=seed,
+            per_device_batch_size=per_device_batch_size,
+            num_workers=num_workers,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            log_every=log_every,
+            max_steps=max_steps,
+            max_minutes=max_minutes,
+        )
 
 
 def train_with(
-    accelerator: Accelerator,
+    session: Session,
     recipe: Recipe,
-    output_dir: Path,
     *,
     dataset,
     image_column: str | None,
@@ -134,8 +132,9 @@ def train_with(
     max_steps: int | None = None,
     max_minutes: float | None = None,
 ) -> Path | None:
-    """`train_tokenizer` with an accelerator that goes on afterwards: what a pre-training run calls."""
+    """`train_tokenizer` within a session, in whose folder it trains."""
     started = time.monotonic()
+    accelerator, output_dir = session.accelerator, session.folder
 
     # ---- resolve: what this run is
     config, data, settings = recipe.model_config(), recipe.data, recipe.tokenizer
@@ -144,6 +143,11 @@ def train_with(
         raise RunError(
             f"{recipe.title} has the tokenizer {config.tokenizer}, which is not trained: `ldae pretrain` fits the PCA "
             f"itself. Learned tokenizers are {', '.join(LEARNED_TOKENIZERS)}."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise RunError(
+            "A tokenizer is small and not trained under FSDP: train it with `ldae tokenizer train`, on one GPU or with "
+            "DDP, and give it with --tokenizer."
         )
     run = {"seed": seed, "recipe": recipe.to_dict()}
     check_same_run(output_dir, run)
@@ -159,19 +163,18 @@ def train_with(
     plan = Plan.derive(recipe, len(source), *layout, section="tokenizer", largest=min(256, largest))
     run |= {"num_images": plan.num_images}
     check_same_run(output_dir, run)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "run.json", json.dumps(run, indent=2))
+    session.own()
+    session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(run, indent=2)))
 
     # ---- build: processor, autoencoder, discriminator, optimizers
     loading = loading_options(recipe, seed, num_workers)
-    processor = fit_processor(output_dir / "processor", processor, config, source, recipe, accelerator, loading)
+    processor = fit_processor(output_dir / "processor", processor, config, source, recipe, session, loading)
     accelerator.print(f"{recipe.title}: {recipe.why}")
     if settings["pretrained"] is not None:
         learned = released_tokenizer(config, settings, source, processor, accelerator, loading)
-        return finish(folder, learned, accelerator)
+        return finish(folder, learned, session)
     perceptual = perceptual_network(
-        output_dir / "perceptual", config, settings, source, accelerator, perceptual_weights, loading
+        output_dir / "perceptual", config, settings, source, session, perceptual_weights, loading
     )
     # Before the seed: a loader's start draws from the generator whose state is saved.
     watched = next(iter(eval_loader(source, config.image_size, 16)))["pixel_values"]
@@ -192,9 +195,8 @@ def train_with(
     adversarial_start = round(settings["adversarial_start_epochs"] * plan.steps_per_epoch)
 
     # ---- resume: the newest checkpoint, if there is one
-    checkpoint_folder = output_dir / "checkpoints"
-    found = checkpoints(checkpoint_folder)
-    step = load_parts(found[-1], parts)["step"] if found else 0
+    found = newest_checkpoint(output_dir / "checkpoints", session)
+    step = load_parts(found, parts)["step"] if found else 0
     loader = train_loader(
         source,
         num_timesteps=1,
@@ -210,19 +212,20 @@ def train_with(
     log = MetricsLog(output_dir, accelerator, resume_at=step, settings=identity(run))
     accelerator.print("\n".join(plan.lines()))
     if step:
-        accelerator.print(f"resuming at step {step:,} from {found[-1]}")
+        accelerator.print(f"resuming at step {step:,} from {found}")
     wrapped = accelerator.prepare(module)
     judge = None if discriminator is None else accelerator.prepare(discriminator)
+    writer = CheckpointWriter(output_dir / "checkpoints", keep_checkpoints, accelerator.is_main_process)
     batches = iter(loader)
+    pairs = []  # of a step: originals and reconstructions, for the discriminator
 
     def save(step: int) -> None:
-        if accelerator.is_main_process:
-            state = {"step": step, "seed": seed, "recipe": recipe.title}
-            save_parts(checkpoint_folder, step, parts, state, recipe.save, keep_checkpoints)
+        save_parts(writer, step, parts, {"step": step, "seed": seed, "recipe": recipe.title}, recipe.save)
 
-    def take_step(step: int) -> Step:
-        """The gradient of one global batch, in parts, then AdamW; and once it has begun, the discriminator's turn."""
-        waited, numbers, pairs = 0.0, {}, []
+    def take_gradient(step: int) -> Gradient:
+        """The gradient of one global batch, in parts."""
+        waited, numbers = 0.0, {}
+        pairs.clear()
         adversarial = discriminator is not None and step >= adversarial_start
         for part in range(plan.accumulation):
             asked = time.monotonic()
@@ -242,10 +245,12 @@ def train_with(
             for name, value in (terms | {"loss": loss, "squared_error": squared_error}).items():
                 numbers[name] = numbers.get(name, 0) + value.detach() / plan.accumulation
         numbers["gradient_norm"] = torch.nn.utils.get_total_norm([parameter.grad for parameter in module.parameters()])
+        return Gradient(numbers, waited)
+
+    def apply_gradient(step: int) -> dict[str, torch.Tensor]:
+        """AdamW, and once it has begun, the discriminator's turn."""
         update(optimizer, plan.learning_rate_at(step))
-        if adversarial:
-            numbers["discriminator"] = train_discriminator(pairs, plan.learning_rate_at(step))
-        return Step(numbers, waited)
+        return {"discriminator": train_discriminator(pairs, plan.learning_rate_at(step))} if pairs else {}
 
     def adversarial_term(terms: dict[str, torch.Tensor], reconstruction: torch.Tensor) -> torch.Tensor:
         """The generator's loss, brought to the size of the reconstruction's gradient (VQGAN, Eq. 7)."""
@@ -276,15 +281,15 @@ def train_with(
             noise = torch.zeros(len(pixels), config.num_patches, config.latent_dim, device=accelerator.device)
             _, reconstruction = module(pixels, noise)
         error = (pixels - reconstruction).square().mean().item()
-        log.write_evaluation(step, {"watched_squared_error": error})
         picture = torch.stack([pixels.cpu(), reconstruction.cpu()])
         paint(picture, processor, output_dir / "reconstructions" / f"step-{step:08d}.png")
+        log.write_evaluation(step, {"watched_squared_error": error})
 
     loop = Loop(
         name=f"{recipe.name} tokenizer",
-        folder=checkpoint_folder,
+        writer=writer,
         plan=plan,
-        accelerator=accelerator,
+        session=session,
         log=log,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
@@ -292,9 +297,8 @@ def train_with(
         max_minutes=max_minutes,
         started=started,
     )
-    step = loop.run(step, take_step, save, evaluate)
-    wrapped = judge = None  # before the process group goes; see `pretrain`
-    accelerator.free_memory()
+    session.begin(step, name=loop.name, total_steps=plan.total_steps, num_workers=num_workers)
+    step = loop.run(step, take_gradient, apply_gradient, save, lambda step: session.on_main(lambda: evaluate(step)))
     if step < plan.total_steps:
         accelerator.print(f"stopped at step {step:,} of {plan.total_steps:,}; run the same command again to go on")
         return None
@@ -326,15 +330,13 @@ def train_with(
         processor_fingerprint=processor.fingerprint,
         training=training,
     )
-    return finish(folder, learned, accelerator)
+    return finish(folder, learned, session)
 
 
-def finish(folder: Path, learned: LearnedTokenizer, accelerator: Accelerator) -> Path:
+def finish(folder: Path, learned: LearnedTokenizer, session: Session) -> Path:
     """Writes the tokenizer's folder, in one move."""
-    if accelerator.is_main_process:
-        write_folder(folder, learned.save_pretrained)
-    accelerator.wait_for_everyone()
-    accelerator.print(f"tokenizer: {folder}")
+    session.on_main(lambda: write_folder(folder, learned.save_pretrained))
+    session.accelerator.print(f"tokenizer: {folder}")
     return folder
 
 
@@ -428,7 +430,7 @@ def perceptual_network(
     config: LDAEConfig,
     settings: dict,
     source: ImageSource,
-    accelerator: Accelerator,
+    session: Session,
     weights: str | Path | None,
     loading: dict,
 ) -> nn.Module | None:
@@ -437,45 +439,47 @@ def perceptual_network(
     `lpips` is read from `weights`; `labels` and `random_labels` are trained here on the data set's labels, or on ones
     that say nothing, and kept in `folder`.
     """
-    kind = settings["perceptual_loss"]
+    kind, device = settings["perceptual_loss"], session.accelerator.device
     if kind is None or config.tokenizer not in CONVOLUTIONAL_TOKENIZERS:
         return None
     if kind == "lpips":
-        return LPIPS.from_folder(weights).to(accelerator.device)
-    already_there = folder.is_dir()
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
-    if not already_there and accelerator.is_main_process:
-        batch_size = min(LABEL_FEATURES_BATCH, len(source))
-        batches_per_epoch = min(LABEL_FEATURES_IMAGES, len(source)) // batch_size
+        return LPIPS.from_folder(weights).to(device)
+    batch_size = min(LABEL_FEATURES_BATCH, len(source))
+    batches_per_epoch = min(LABEL_FEATURES_IMAGES, len(source)) // batch_size
 
-        def loader_of_epoch(epoch: int) -> Iterator[dict]:
-            return train_loader(
-                source,
-                num_timesteps=1,
-                tokens_shape=(1, 1),
-                global_batch_size=batch_size,
-                micro_batch_size=batch_size,
-                start_step=epoch * batches_per_epoch,
-                num_steps=(epoch + 1) * batches_per_epoch,
-                **loading,
-            )
-
-        network, figures = train_label_features(
-            loader_of_epoch,
-            source.num_classes,
-            epochs=LABEL_FEATURES_EPOCHS,
-            device=accelerator.device,
-            random_labels=kind == "random_labels",
-            seed=loading["seed"],
+    def loader_of_epoch(epoch: int) -> Iterator[dict]:
+        return train_loader(
+            source,
+            num_timesteps=1,
+            tokens_shape=(1, 1),
+            global_batch_size=batch_size,
+            micro_batch_size=batch_size,
+            start_step=epoch * batches_per_epoch,
+            num_steps=(epoch + 1) * batches_per_epoch,
+            **loading,
         )
+
+    def train_and_write() -> None:
+        if folder.is_dir():
+            return
+        with session.signals.breaking_off():  # it takes minutes, and begins anew
+            network, figures = train_label_features(
+                loader_of_epoch,
+                source.num_classes,
+                epochs=LABEL_FEATURES_EPOCHS,
+                device=device,
+                random_labels=kind == "random_labels",
+                seed=loading["seed"],
+            )
 
         def write(path: Path) -> None:
             network.save(path)
             (path / "training.json").write_text(json.dumps({"perceptual_loss": kind} | figures, indent=2))
 
         write_folder(folder, write)
-    accelerator.wait_for_everyone()
-    return LabelFeatures.load(folder).to(accelerator.device)
+
+    session.on_main(train_and_write)
+    return LabelFeatures.load(folder).to(device)
 
 
 def tokenizer_for_run(
@@ -484,7 +488,7 @@ def tokenizer_for_run(
     recipe: Recipe,
     config: LDAEConfig,
     processor: LDAEImageProcessor,
-    accelerator: Accelerator,
+    session: Session,
     training: dict,
 ) -> LearnedTokenizer | None:
     """The learned tokenizer of a pre-training run: the one in its folder, else the `given` one, else one trained now.
@@ -509,7 +513,7 @@ def tokenizer_for_run(
         chosen = LearnedTokenizer.from_pretrained(tokenizer_folder(given))
         check_fits(chosen, config, processor)  # before the run makes it its own
     already_there = (folder / CONFIG_NAME).is_file()
-    accelerator.wait_for_everyone()  # all have looked before the first one writes
+    session.accelerator.wait_for_everyone()  # all have looked before the first one writes
     if already_there:
         learned = LearnedTokenizer.from_pretrained(folder)
         if chosen is not None and chosen.fingerprint != learned.fingerprint:
@@ -517,14 +521,14 @@ def tokenizer_for_run(
         return learned
     if chosen is None:
         training = training | {"processor": output_dir / "processor"}
-        inner = make_accelerator(output_dir, training.pop("mixed_precision"), ())
-        trained = train_with(inner, recipe, output_dir / "tokenizer-training", **training)
+        # Without the trackers, which belong to the pre-training.
+        accelerator = make_accelerator(output_dir, training.pop("mixed_precision"), ())
+        with Session(accelerator, output_dir / "tokenizer-training", signals=session.signals) as inner:
+            trained = train_with(inner, recipe, **training)
         if trained is None:
             return None
         chosen = LearnedTokenizer.from_pretrained(trained)
-    if accelerator.is_main_process:
-        write_folder(folder, chosen.save_pretrained)
-    accelerator.wait_for_everyone()
+    session.on_main(lambda: write_folder(folder, chosen.save_pretrained))
     return chosen
 
 

@@ -1,0 +1,39 @@
+"""What every part of a page is made of: text that is no markup, times, tables."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from html import escape
+
+from .run_record import number
+
+
+def text(value) -> str:
+    """Anything as text of a page: nothing in it is markup, and what no file can hold becomes a question mark."""
+    return escape("–" if value is None else str(value).encode("utf-8", "replace").decode())
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    if seconds < 90:
+        return f"{max(0, seconds):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if minutes < 1440 else f"{minutes // 1440:,} d {minutes % 1440 // 60} h"
+    )
+
+
+def moment(value) -> str:
+    """A time of a line, in UTC."""
+    try:
+        return datetime.fromtimestamp(number(value), UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "–"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells are HTML."""
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
+    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>\n{lines}</tbody></table></div>'

@@ -1,0 +1,85 @@
+"""What a model costs, whatever trains it: parameters and FLOPs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForPreTraining
+
+from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many there are: of `encoder` and `decoder`, of one `block`, and those in `matrices`, which bf16 copies."""
+
+    encoder: int
+    decoder: int
+    block: int
+    matrices: int
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.decoder
+
+
+def count_parameters(config: LDAEConfig) -> Parameters:
+    """Counts those of the real model, which is built without memory for them."""
+    with torch.device("meta"):
+        model = AutoModelForPreTraining.from_config(config)
+    encoder, decoder, block = (
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (model.ldae, model.decoder, model.ldae.layers[0])
+    )
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    return Parameters(encoder, decoder, block, matrices)
+
+
+# ---- FLOPs
+
+
+def ends(config: LDAEConfig) -> tuple[int, int]:
+    """Values per token that the network is shown, and that it answers: K or P each."""
+    latents_in = config.input_space == "latent"
+    latents_out = latents_in or config.prediction_target == "latent"
+    return tuple(config.latent_dim if latents else config.patch_dim for latents in (latents_in, latents_out))
+
+
+def forward_flops_per_image(config: LDAEConfig) -> float:
+    """FLOPs of a forward pass: the blocks, their attention, the patch embedding and the head, at 2 per multiply-add.
+
+    The timestep MLPs, the tokenizer and all elementwise work are left out, so that the number is a model property and
+    MFU is honest.
+    """
+    width, tokens = config.hidden_size, config.num_patches
+    linear = width * (4 * width + 2 * config.intermediate_size)  # qkv, projection and MLP, multiply-adds per token
+    attention = 2 * tokens * width  # Q Kᵀ and the weighted sum
+    blocks = (config.num_hidden_layers + config.decoder_num_hidden_layers) * (linear + attention)
+    return 2 * tokens * (blocks + width * sum(ends(config)))
+
+
+def training_flops_per_image(config: LDAEConfig) -> float:
+    """FLOPs of one training step per image: three forward passes, since the backward pass is two."""
+    return 3 * forward_flops_per_image(config)
+
+
+def tokenizer_flops_per_image(config: LDAEConfig, settings: dict) -> float:
+    """FLOPs of the encoder of a convolutional tokenizer on one image, counted; 0 for patch-wise ones.
+
+    Args:
+        settings: the tokenizer section of a recipe.
+    """
+    if config.tokenizer not in CONVOLUTIONAL_TOKENIZERS:
+        return 0.0
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        untrained_autoencoder(config, settings).encode(torch.empty(1, 3, config.image_size, config.image_size))
+    return float(counter.get_total_flops())
+
+
+def untrained_autoencoder(config: LDAEConfig, settings: dict) -> torch.nn.Module:
+    """The autoencoder of a convolutional tokenizer with new weights: as slow as a trained one."""
+    from ..latent_tokenizers import build_autoencoder  # it needs diffusers
+
+    channels = config.latent_dim // (config.patch_size // settings["stride"]) ** 2
+    sizes = (config.image_size, settings["stride"], settings["base_width"], settings["residual_blocks"])
+    return build_autoencoder(*sizes, channels)

@@ -1,0 +1,99 @@
+"""Pictures that show how a run is getting on: the same few images, corrupted in the same way, as restored so far."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from ..image_processing_ldae import LDAEImageProcessor, centre_box, resize_crop
+from ..modeling_ldae import LDAEForPreTraining
+from ..noise_schedules import NoiseSchedule
+from .data import eval_loader
+from .sources import ImageSource
+
+
+NOISE_TO_SIGNAL = (0.25, 0.5, 1, 2)  # sigma_t / gamma_t: what makes the levels of different schedules comparable
+LEGIBLE = 64  # pixels; smaller images are enlarged by a whole number
+MARGIN = 64  # pixels at the left, for the titles of the rows
+
+
+def watched_images(source: ImageSource, image_size: int, count: int = 8) -> torch.Tensor:
+    """Centre crops (n,C,image_size,image_size) uint8 to look at, the same ones whenever it is asked.
+
+    They are spread evenly over the data set, whose rows may be sorted by class; a stream gives its first ones. An
+    unreadable image is replaced by the next one that is not. `n` is `count`, or less where there are fewer images.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    if source.streaming:
+        with torch.random.fork_rng(devices=[]):  # a loader's start draws from the generator
+            return next(iter(eval_loader(source, image_size, count)))["pixel_values"]
+    count = min(count, len(source))
+    images = [source.read_or_replace(number * len(source) // count)[0] for number in range(count)]
+    return torch.stack([torch.from_numpy(resize_crop(image, image_size, centre_box(*image.size))) for image in images])
+
+
+def watched_levels(schedule: NoiseSchedule) -> list[int]:
+    """The timesteps whose noise, relative to the signal, is nearest to `NOISE_TO_SIGNAL`; every schedule has one."""
+    ratios = (schedule.sigmas / schedule.gammas).cpu()  # infinite where there is no signal left
+    return sorted({(ratios - ratio).abs().argmin().item() for ratio in NOISE_TO_SIGNAL})
+
+
+@torch.no_grad()
+def denoising_picture(
+    model: LDAEForPreTraining, processor: LDAEImageProcessor, pixels: torch.Tensor, seed: int = 0
+) -> Image.Image:
+    """Images, and for each of up to four levels of noise what the model is shown and what it restores, row by row.
+
+    The noisy image is what the noisy latents decode to, whatever space the network itself sees; the number in its
+    title is sigma_t / gamma_t. The noise is always the same, so that the pictures of a run differ by the weights alone.
+    A model with class labels is told none. Nothing is drawn from torch's generators, and a compiled model runs as it
+    is written: it would be compiled once more for a batch of this size.
+
+    Args:
+        model: unwrapped, in either mode, which it is left in. Its weights are used as they are: those of an EMA are to
+            be put in place before. Where weights are sharded over processes, all of them have to call it.
+        processor: the model's. pixels: (n,C,H,W) uint8 of the processor's `image_size`. seed: of the noise.
+
+    Raises:
+        ValueError: the processor is not the model's, or the images have another size.
+    """
+    model.check_processor(processor)
+    schedule, was_training = model.ldae.schedule, model.training
+    images = processor.normalize_pixels(pixels.to(model.device))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(images), processor.num_patches, processor.latent_dim, generator=generator)
+    rows = [("original", images)]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            for level in watched_levels(schedule):
+                noisy, restored = model.denoise(images, level, noise)
+                ratio = (schedule.sigmas[level] / schedule.gammas[level]).item()
+                rows += [(f"noise {ratio:.2f}", noisy), ("restored", restored)]
+    finally:
+        model.train(was_training)
+    return mosaic(rows, processor)
+
+
+def mosaic(rows: Sequence[tuple[str, torch.Tensor]], processor: LDAEImageProcessor) -> Image.Image:
+    """Rows of images, a title and (n,C,H,W) in the processor's normalisation each, as one picture on white.
+
+    Values outside the range are clipped, NaN is black; small images are enlarged by a whole number.
+    """
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    pixels = torch.stack([images.float().cpu() for _, images in rows]) * std + mean
+    pixels = (pixels.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
+    times = max(1, LEGIBLE // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(times, -1).repeat_interleave(times, -2)
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
+    images = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).contiguous().numpy())
+    picture = Image.new("RGB", (MARGIN + images.width, images.height), "white")
+    picture.paste(images, (MARGIN, 0))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    for number, (title, _) in enumerate(rows):
+        middle = (number + 0.5) * images.height / len(rows)
+        draw.text((2, middle), title, fill="black", font=font, anchor="lm")
+    return picture
