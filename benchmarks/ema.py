@@ -1,8 +1,8 @@
 """The share of a pre-training step that the exponential moving average takes, at 256 tokens and 64 images per device.
 
-A step is forward, loss, backward, fused AdamW, zero_grad and `ExponentialMovingAverage.update`; bfloat16 means autocast.
+A step is forward, loss, backward, fused AdamW, zero_grad and `ExponentialMovingAverage.update`; bfloat16 is autocast.
 Where 64 images would take a minute, `--batch` measures fewer: AdamW and the average do not depend on the images, and
-forward and backward are taken to grow with them, so that the share at 64 images is a figure worked out, and said to be.
+forward and backward are taken to grow with them; the share at 64 images is then worked out, and said to be.
 
 The floor is an addition in place of one flat tensor with as many elements to another: like the average it reads both
 and writes one, 12 bytes per parameter, and it says what memory allows.

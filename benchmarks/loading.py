@@ -6,7 +6,7 @@ second of processor time, this process and its workers together, so that other w
 round is one pass, the start of the workers included.
 
 The first peer is what a user of `datasets` would write well: `Image()` decodes, a transform cuts, resizes and flips,
-and uint8 goes to the data loader; boxes and flips are given to it ready-made, and its pixels are checked to be ours. The
+uint8 goes to the data loader; boxes and flips are given to it ready-made, and its pixels are checked to be ours. The
 second one normalises to float32 on the way, as the examples of `transformers` do. Neither draws timesteps and noise, as
 ours does. The parts of ours are measured alone, each on what the one before it has left; "transfer" is a worker that
 stacks finished samples and hands them over.

@@ -101,6 +101,7 @@ COMMANDS = [
     ["recipes", "tree"],
     ["recipes", "show"],
     ["recipes", "diff"],
+    ["plan"],
     ["pretrain"],
     ["probe"],
     ["knn"],

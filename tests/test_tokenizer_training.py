@@ -13,12 +13,12 @@ from torch.distributions import Normal, kl_divergence
 from ldae_hf import LDAEConfig, LDAEImageProcessor, LearnedTokenizer
 from ldae_hf.evaluation.feature_maps import load_encoder
 from ldae_hf.latent_tokenizers import build_autoencoder
+from ldae_hf.manifest import DamagedError, check_folder
 from ldae_hf.patch_covariance import PatchCovariance
 from ldae_hf.patch_tokenizers import patchify
 from ldae_hf.recipes import load_recipe
 from ldae_hf.training import RunError, checkpoints, load_images, pretrain, train_tokenizer
 from ldae_hf.training.autoencoders import ConvolutionalTraining, PatchAutoencoderTraining, kl_to_standard_normal
-from ldae_hf.training.checkpointing import CheckpointError, check_folder
 from ldae_hf.training.data import eval_loader
 from ldae_hf.training.sampling import epoch_order
 
@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_is_named_and_not_trained_on(images, tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="autoencoder.safetensors is missing or damaged"):
+    with pytest.raises(DamagedError, match="autoencoder.safetensors is missing or damaged"):
         train("patch_ae", tmp_path, images)
 
 

@@ -7,9 +7,12 @@ flushed to the disk, and then renamed into place: a process killed at any moment
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePath
+
+from safetensors import SafetensorError
 
 
 MANIFEST = "manifest.json"
@@ -50,6 +53,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Makes `folder` by calling `write(path)` on a fresh folder beside it, then hashing and renaming that.
 
     An existing `folder` is replaced only when the new one is complete; if writing fails, nothing of the new one stays.
+
+    Raises:
+        OSError: the disk is full, or something else is wrong with it. And whatever `write` raises.
     """
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
@@ -60,8 +66,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write_text(aside / MANIFEST, manifest_text({str(file.relative_to(aside)): sha256(file) for file in files}))
         for path in (*aside.rglob("*"), aside):
             flush(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)  # the disk may be full
+        if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
         raise
     before = folder.with_name(f".{folder.name}.before")
     shutil.rmtree(before, ignore_errors=True)
@@ -106,15 +114,16 @@ def check_folder(folder: Path, needed: tuple[str, ...] = ()) -> None:
     """
     digests = read_manifest(folder)
     for name in dict.fromkeys((*needed, *digests)):
-        if name not in digests or not _is_intact(folder, name, digests[name]):
+        if name not in digests or not is_intact(folder, name, digests[name]):
             raise DamagedError(f"{folder / name} is missing or damaged: its sha256 is not the one in {MANIFEST}.")
 
 
-def _is_intact(folder: Path, name: str, digest: str) -> bool:
+def is_intact(folder: Path, name: str, digest: str) -> bool:
+    """Whether a folder holds a file of this name and sha256; never true of one that lies outside."""
     path = PurePath(name)
     if path.is_absolute() or ".." in path.parts:
         return False
     try:
-        return sha256(folder / path) == digest
+        return (folder / path).is_file() and sha256(folder / path) == digest  # to open a pipe would wait for ever
     except (OSError, ValueError):  # not there, not readable, or a name that no file can have
         return False

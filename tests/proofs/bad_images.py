@@ -214,9 +214,9 @@ def main() -> int:
     figures = run()
     print(
         "{images:,} images, {bad} bad of {kinds} kinds: {listed} listed by the check in {check_seconds} s; an epoch "
-        "reported {reported} and replaced {replaced} of {unusable} unusable ones, {same_pixels:,} others had their "
-        "own pixels; with the quarantine file {left_out} left out; memory grew by {check_mb} MB (check) and {epoch_mb} MB "
-        "(epoch).".format(**figures)
+        "reported {reported} and replaced {replaced} of {unusable} unusable ones,\n{same_pixels:,} others had "
+        "their own pixels; {left_out} left out with the quarantine file; memory grew by {check_mb} MB (check), "
+        "{epoch_mb} MB (epoch).".format(**figures)
     )
     for sentence in figures["failed"]:
         print(f"FAILED: {sentence}")

@@ -5,8 +5,10 @@ import typer
 from . import recipes, tokenizer, weights
 from .evaluate import knn, probe
 from .options import PLAIN
+from .plan import plan
 from .pretrain import pretrain
 from .replay import replay
+from .verify import verify
 
 
 app = typer.Typer(**PLAIN, pretty_exceptions_enable=False, add_completion=False)
@@ -22,8 +24,10 @@ def ldae():
     """
 
 
+app.command()(plan)
 app.command()(pretrain)
 app.command()(replay)
+app.command()(verify)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(probe)
 app.command()(knn)

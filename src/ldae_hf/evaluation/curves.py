@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from .html_text import text
 
@@ -12,6 +13,7 @@ Point = tuple[float, float | None]  # step and value; None where the value is no
 WIDTH, HEIGHT = 360, 190  # in units of which a phone shows about one per pixel
 LEFT, RIGHT, TOP, BOTTOM = 48, 352, 8, 152
 BINS = 1000  # of steps, in each of which a long run keeps two points
+TREND_BINS = 120  # of steps, in each of which a long run shows its median
 
 
 def thinned(points: Sequence[Point], bins: int = BINS) -> list[Point]:
@@ -38,6 +40,18 @@ def thinned(points: Sequence[Point], bins: int = BINS) -> list[Point]:
         members.append(point)
     keep()
     return kept
+
+
+def trend(points: Sequence[Point], bins: int = TREND_BINS) -> list[Point]:
+    """The medians of so many bins of steps, in their middles, where points are so many that a curve is a band."""
+    if len(points) < 4 * bins:
+        return []
+    first, width = points[0][0], (points[-1][0] - points[0][0]) / bins or 1
+    values = {}
+    for step, value in points:
+        if value is not None:
+            values.setdefault(min(bins - 1, int((step - first) / width)), []).append(value)
+    return [(first + (place + 0.5) * width, median(found)) for place, found in values.items()]
 
 
 def is_logarithmic(values: Sequence[float]) -> bool:
@@ -89,7 +103,7 @@ def curve_svg(
         marks: (step, class of the line, what happened there) of vertical lines.
         from_zero: let the axis begin at 0; else it is logarithmic where the values ask for it.
     """
-    points = thinned(points)
+    medians, points = trend(points), thinned(points)
     values = [value for _, value in points if value is not None]
     logarithmic, last_step = not from_zero and is_logarithmic(values), max(last_step, 1)
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -124,12 +138,14 @@ def curve_svg(
         parts.append(f'<text class="faint" x="2" y="{BOTTOM + 29}">epoch</text>')
     for step, kind, title in marks:
         parts.append(f'<path class="mark {kind}" d="M{x(step)} {TOP}V{BOTTOM}"><title>{text(title)}</title></path>')
-    path, pen_is_down = [], False
-    for step, value in points:
-        if value is not None:
-            path.append(f"{'L' if pen_is_down else 'M'}{x(step)} {y(value)}")
-        pen_is_down = value is not None
-    parts.append(f'<path class="curve" d="{"".join(path)}"/>')
+    for kind, line in (("curve band" if medians else "curve", points), ("curve", medians)):
+        path, pen_is_down = [], False
+        for step, value in line:
+            if value is not None:
+                path.append(f"{'L' if pen_is_down else 'M'}{x(step)} {y(value)}")
+            pen_is_down = value is not None
+        if path:
+            parts.append(f'<path class="{kind}" d="{"".join(path)}"/>')
     if len(values) <= 60:
         dots = [(step, value) for step, value in points if value is not None]
         parts += [f'<circle class="dot" r="2" cx="{x(step)}" cy="{y(value)}"/>' for step, value in dots]

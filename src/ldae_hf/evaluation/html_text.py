@@ -12,16 +12,19 @@ def text(value) -> str:
     return escape("–" if value is None else str(value).encode("utf-8", "replace").decode())
 
 
+def figure(value: float) -> str:
+    """A number for people: 0.0488, 405.9, 6,412."""
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def duration(seconds: float) -> str:
-    """45 s, 3 min, 2 h 5 min, 3 d 4 h."""
+    """45 s, 3 min, 29 h 5 min, 3 d 4 h."""
     if seconds < 90:
         return f"{max(0, seconds):.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 1:
         return f"{minutes} min"
-    return (
-        f"{minutes // 60} h {minutes % 60} min" if minutes < 1440 else f"{minutes // 1440:,} d {minutes % 1440 // 60} h"
-    )
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24:,} d {hours % 24} h"
 
 
 def moment(value) -> str:

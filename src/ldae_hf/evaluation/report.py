@@ -6,7 +6,6 @@ that comes out of the run's folder is escaped; the folder is only read.
 
 import base64
 import io
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from string import Template
@@ -14,7 +13,7 @@ from string import Template
 from PIL import Image
 
 from .curves import curve_svg
-from .html_text import duration, moment, text
+from .html_text import duration, figure, moment, text
 from .report_records import checkpoints_section, ended, failures, recipe_section, sessions_section
 from .run_record import RunRecord, number, read_run
 
@@ -52,7 +51,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 def report_html(record: RunRecord) -> str:
     """The page."""
-    sections: list[tuple[str, str, Callable[[RunRecord], str]]] = [
+    sections = [
         ("figures", "Key figures", key_figures),
         ("curves", "Curves", curves),
         ("pictures", "Pictures", pictures),
@@ -94,9 +93,8 @@ def header(record: RunRecord) -> str:
     if total:
         facts.append(f"step {record.step:,} of {total:,} ({record.step / total:.1%})")
     if record.last_sign is not None:
-        facts.append(
-            f"last line {moment(record.last_sign)}, {duration(record.now - record.last_sign)} before this page"
-        )
+        age = duration(record.now - record.last_sign)
+        facts.append(f"last line {moment(record.last_sign)}, {age} before this page")
     if total and pace and record.step < total:
         left = duration((total - record.step) * pace)
         at = f", about {moment(record.now + (total - record.step) * pace)}" if status.word == "running" else ""
@@ -132,12 +130,12 @@ def key_figures(record: RunRecord) -> str:
             card(f"best {name.replace('_', ' ')}", f"{best:.1f} %", f"at step {step:,}; last {values[-1][1]:.1f} %")
     rate, wait = record.recent("images_per_second"), record.recent("data_wait")
     if rate is not None:
-        card("images/s", f"{rate:,.4g}" if rate < 1000 else f"{rate:,.0f}", "median of the last lines")
+        card("images/s", figure(rate), "median of the last lines")
     flops, mfu = record.recent("tflops_per_second"), record.recent("mfu")
     if mfu is not None:
-        card("MFU", f"{mfu:.1%}", "of the device's peak" + (f", {flops:.3g} TFLOP/s" if flops is not None else ""))
+        card("MFU", f"{mfu:.1%}", "of the device's peak" + (f", {figure(flops)} TFLOP/s" if flops is not None else ""))
     elif flops is not None:
-        card("TFLOP/s", f"{flops:.3g}", "in the model's matrix products")
+        card("TFLOP/s", figure(flops), "in the model's matrix products")
     if wait is not None:
         card("waiting for data", f"{wait:.1%}", "of the time, median of the last lines")
     bad = max([len(record.bad_images), *(int(value) for _, value in series("bad_images")[-1:])])
@@ -161,17 +159,17 @@ def curves(record: RunRecord) -> str:
             marks.append((step, kind, f"the session before ended by: {how}; this one went on from step {step:,.0f}"))
     for name in [*FIRST, *middle, *LAST]:
         points = [(line["step"], number(line[name])) for line in record.metrics if name in line]
-        if not any(value for _, value in points) or len(figures) == MAX_CURVES:  # words and zeros are no curve
+        if not any(value for _, value in points):  # words and zeros are no curve
             continue
         gaps = sum(value is None for _, value in points)
+        title = text(name.replace("_", " ") + (f" ({gaps} not finite)" if gaps else ""))
         svg = curve_svg(name, points, last_step, per_epoch, marks, name in FROM_ZERO)
-        note = f" ({gaps} not finite)" if gaps else ""
-        title = text(name.replace("_", " ") + note)
         figures.append(f"<figure><figcaption><b>{title}</b><output></output></figcaption>{svg}</figure>")
     if not figures:
         return "<p>No step has been reported yet.</p>"
-    legend = "Dashed lines: a new session began, red where the one before was killed or failed." if marks else ""
-    return f'<p class="soft">{legend}</p><div class="curves">{"".join(figures)}</div>'
+    legend = "Dashed lines: a new session began, red where the one before was killed or failed. " if marks else ""
+    legend += f"The first {MAX_CURVES} of {len(figures)} numbers." if len(figures) > MAX_CURVES else ""
+    return f'<p class="soft">{legend}</p><div class="curves">{"".join(figures[:MAX_CURVES])}</div>'
 
 
 def data_uri(file: Path) -> str:

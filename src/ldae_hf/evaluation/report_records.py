@@ -29,16 +29,16 @@ def failures(record: RunRecord) -> str:
             f'<span class="soft">{text(" · ".join(facts))}</span></p>'
             f"<p>To see it again: <code>{text(failure.get('command'))}</code></p>"
         )
-    status = record.status().word
-    for place, session in enumerate(record.sessions):
-        how = ended(session, place == len(record.sessions) - 1, status)
-        if how in ("killed", "error", "silent"):
-            end = session.end or {}
-            where = (
-                f"at step {text(end.get('step'))}" if end else f"that began at step {text(session.start.get('step'))}"
-            )
-            detail = text(end.get("detail") or "it noted no end")
-            parts.append(f"<p><b>Session {place + 1}, {where}: {how}.</b> {detail}</p>")
+    status, killed = record.status().word, []
+    for place, session in enumerate(record.sessions, start=1):
+        how, end = ended(session, place == len(record.sessions), status), session.end or {}
+        if how == "error":
+            detail = text(end.get("detail"))
+            parts.append(f"<p><b>Session {place} ended at step {text(end.get('step'))} by an error.</b> {detail}</p>")
+        elif how in ("killed", "silent"):
+            killed.append(f"{place} (from step {text(session.start.get('step'))})")
+    if killed:
+        parts.append(f"<p><b>Ended without a word, killed most likely:</b> session {', '.join(killed)}.</p>")
     for name, _, _ in record.checkpoints:
         if name.endswith(".damaged"):
             parts.append(f"<p><b>{text(name)}</b> was found damaged when the run went on, and set aside.</p>")
@@ -79,7 +79,7 @@ def sessions_section(record: RunRecord) -> str:
     if not record.sessions:
         return "<p>This run was made before sessions were noted.</p>"
     own, rows, status = ("event", "time", "step", "command", "commit", "total_steps"), [], record.status().word
-    for place, session in enumerate(record.sessions):
+    for place, session in enumerate(record.sessions, start=1):
         start, end = session.start, session.end or {}
         facts = []
         for name, value in start.items():
@@ -90,10 +90,10 @@ def sessions_section(record: RunRecord) -> str:
         commit = f"commit {text(start['commit'])} · " if start.get("commit") else ""
         rows.append(
             (
-                str(place + 1),
+                str(place),
                 when(start),
                 when(end),
-                text(ended(session, place == len(record.sessions) - 1, status)),
+                text(ended(session, place == len(record.sessions), status)),
                 f"<code>{text(start.get('command'))}</code><br>"
                 f'<span class="soft">{commit}{text(" · ".join(facts))}</span>',
             )

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -56,28 +57,28 @@ class RunRecord:
         recipe = self.run.get("recipe")
         return recipe if isinstance(recipe, dict) else {}
 
-    @property
+    @cached_property
     def trains_tokenizer(self) -> bool:
         """Only the training of a tokenizer reports a reconstruction."""
         return any("reconstruction" in line for line in self.metrics)
 
-    @property
+    @cached_property
     def reports(self) -> list[dict]:
         """The lines of training; the others are of evaluations."""
         return [line for line in self.metrics if "learning_rate" in line]
 
-    @property
+    @cached_property
     def step(self) -> int:
         """The last one that the folder knows of."""
         events = [event for session in self.sessions for event in (session.start, session.end or {})]
         return max((int(number(line.get("step")) or 0) for line in (*self.metrics[-1:], *events)), default=0)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> float | None:
         steps = [line["step"] / epoch for line in self.reports[-1:] if (epoch := number(line.get("epoch")))]
         return steps[0] if steps and steps[0] > 0 else None
 
-    @property
+    @cached_property
     def total_steps(self) -> int | None:
         """Of the whole run; None if nothing says it."""
         for session in reversed(self.sessions):
@@ -107,22 +108,22 @@ class RunRecord:
     def status(self) -> Status:
         """Whether the run is alive, finished or failed, from what it noted and how long it has been silent."""
         end = self.sessions[-1].end if self.sessions else None
-        total, at = self.total_steps, f"at step {self.step:,}"
+        total, where = self.total_steps, f"at step {self.step:,}"
         if end is not None:
             reason, detail = str(end.get("reason")), str(end.get("detail") or "")
             if reason == "finished":
-                return Status("finished", f"Finished {at}.")
+                return Status("finished", f"Finished {where}.")
             if reason == "error":
-                return Status("failed", f"Failed {at}: {detail or 'it does not say why'}")
+                return Status("failed", f"Failed {where}: {detail or 'it does not say why'}")
             why = "the limit that it was given" if reason == "limit" else reason
-            return Status("stopped", f"Stopped {at} by {why}; the same command goes on from there.")
+            return Status("stopped", f"Stopped {where} by {why}; the same command goes on from there.")
         if total is not None and self.step >= total:
-            return Status("finished", f"Finished {at}.")
+            return Status("finished", f"Finished {where}.")
         silent = math.inf if self.last_sign is None else self.now - self.last_sign
         times = [at for line in self.metrics if (at := number(line.get("time"))) is not None][-RECENT:]
         gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
         if silent <= max(PATIENCE, 3 * max(gaps, default=0)):
-            return Status("running", f"Running {at}.")
+            return Status("running", f"Running {where}.")
         return Status(
             "silent",
             f"Silent since step {self.step:,}, and it has noted no end: it was killed, its machine died, or it hangs. "

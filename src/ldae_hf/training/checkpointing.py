@@ -153,7 +153,7 @@ class CheckpointWriter:
         try:
             write_checkpoint(self.folder, step, lambda path: self._write_files(path, write_rest), self.keep)
         except BaseException as error:
-            self._error = as_os_error(error)
+            self._error = error
 
     def _write_files(self, path: Path, write_rest: WriteRest) -> None:
         (path / STATE).parent.mkdir()
@@ -161,12 +161,6 @@ class CheckpointWriter:
         for file, tensors in self._host.items():
             if not (path / file).exists():  # the weights come with the model's configuration
                 save_file(tensors, path / file)
-
-
-def as_os_error(error: BaseException) -> BaseException:
-    """safetensors' own error for a full disk as the usual one."""
-    full = isinstance(error, SafetensorError) and "os error 28" in str(error)
-    return OSError(28, "No space left on device") if full else error
 
 
 def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:

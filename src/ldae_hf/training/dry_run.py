@@ -72,8 +72,8 @@ def measure_training(
     wrapped = accelerator.prepare(model)
     batch = {name: value.pin_memory() if device.type == "cuda" else value for name, value in made_batch(config, plan)}
 
-    def micro_batch() -> None:
-        inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    def micro_batch(images: int | None = None) -> None:
+        inputs = {name: value[:images].to(device, non_blocking=True) for name, value in batch.items()}
         inputs["pixel_values"] = processor.normalize_pixels(inputs["pixel_values"])
         accelerator.backward(wrapped(**inputs).loss / plan.accumulation)
 
@@ -93,11 +93,14 @@ def measure_training(
         return time.monotonic() - began
 
     try:
-        if device.type == "cpu" and (first := timed(micro_batch)) > seconds / 2:
-            raise ValueError(
-                f"One forward and backward pass of {plan.per_device_batch_size} images takes {first:.0f} seconds here; "
-                "give a smaller --per-device-batch-size, or more --dry-run-seconds."
-            )
+        if device.type == "cpu":
+            micro_batch(1)
+            expected = plan.per_device_batch_size * timed(lambda: micro_batch(1))
+            if expected > 2 * seconds:  # a batch is quicker than its images one by one
+                raise ValueError(
+                    f"One forward and backward pass of {plan.per_device_batch_size} images would take about "
+                    f"{expected:.0f} seconds here; give a smaller --per-device-batch-size."
+                )
         for _ in range(WARM_UP if device.type == "cuda" else 1):
             micro_batch()
         timed(step)

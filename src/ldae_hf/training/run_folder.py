@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
+
 from .checkpointing import newest_intact, set_aside
 from .session import RunError, Session
 
@@ -46,9 +48,15 @@ def newest_checkpoint(folder: Path, session: Session) -> Path | None:
     Raises:
         DamagedError: there are checkpoints, and all are damaged.
     """
-    newest, problems = newest_intact(folder)
-    session.accelerator.wait_for_everyone()  # all have looked before one is renamed
-    for problem in problems:
-        session.accelerator.print(f"warning: {problem} Going on from {newest}.")
-    session.on_main(lambda: set_aside(folder, newest))
-    return newest
+    newest: list[Path] = []
+
+    def look() -> None:
+        found, problems = newest_intact(folder)
+        for problem in problems:
+            print(f"warning: {problem} It is set aside; going on from {found}.")
+        set_aside(folder, found)
+        newest.extend([found] if found else [])
+
+    session.on_main(look)
+    [found] = broadcast_object_list([newest[0] if newest else None])
+    return found

@@ -107,17 +107,17 @@ class RunPlan:
         return sum(self.memory[self.layout].values())
 
     @property
+    def fits(self) -> bool:
+        return self.room is None or self.needed <= self.room.value
+
+    @property
     def bottleneck(self) -> str:
-        """What limits the run, and what to do about it."""
-        if self.room is not None and self.needed > self.room.value:
-            ways = [f"{way} ({size / 2**30:.0f} GiB)" for way, size in self.remedies.items()]
-            return "; ".join(["memory: it does not fit. What does", *(ways or ["nothing that is offered here"])])
+        """What limits the run: `"memory"`, `"data"`, `"gradient exchange"` or `"network"`."""
+        if not self.fits:
+            return "memory"
         if self.loading > self.computing + self.exposed:
-            return f"data: {self.workers} workers are too few, {self.workers_needed} keep up with a device"
-        if self.exposed > 0.1 * self.step:
-            share = f"{self.exposed / self.step:.0%}"
-            return f"gradient exchange: {share} of a step; more images between two exchanges hide more of it"
-        return "network: what it computes is what it takes"
+            return "data"
+        return "gradient exchange" if self.exposed > 0.1 * self.step else "network"
 
     # ---- in words
 
@@ -135,9 +135,9 @@ class RunPlan:
             "gradients": [self._gradients()],
             "time": [
                 f"{self.step:.3g} s a step, {self.images / self.step * self.plan.num_processes:,.0f} images/s in all",
-                f"{duration(self.days)}, {self.gpu_hours:,.3g} device-hours; evaluations are not in it",
+                f"{duration(self.days)}, {self.gpu_hours:,.0f} device-hours; evaluations are not in it",
             ],
-            "limit": self.bottleneck.split("; "),
+            "bottleneck": [self.bottleneck, *self._advice()],
         }
         lines = [f"{self.recipe.title}: {self.recipe.why}", self.machine, ""]
         for title, texts in sections.items():
@@ -203,6 +203,17 @@ class RunPlan:
             f"{sent} at {self.bandwidth.value / 1e9:.0f} GB/s ({self.bandwidth.source}): "
             f"{self.exchanging * 1e3:.0f} ms, {shown}"
         )
+
+    def _advice(self) -> list[str]:
+        lines = []
+        if not self.fits:
+            lines.append("what fits:" if self.remedies else "nothing that is offered here fits; take larger devices")
+            lines += [f"  {way} ({size / 2**30:.0f} GiB)" for way, size in self.remedies.items()]
+        if self.loading > self.computing + self.exposed:
+            lines.append(f"--num-workers {self.workers_needed} keeps up, if each has a core to itself")
+        elif self.exposed > 0.1 * self.step:
+            lines.append(f"{self.exposed / self.step:.0%} of a step; more images between two exchanges hide more of it")
+        return lines
 
 
 def duration(days: float) -> str:

@@ -44,6 +44,9 @@ class Interrupted(SystemExit):
         super().__init__(EXIT_CODE)
         self.number, self.signal = number, signal.Signals(number).name
 
+    def __reduce__(self):  # else a copy would be made of the exit code
+        return Interrupted, (self.number,)
+
 
 @dataclass
 class Signals:

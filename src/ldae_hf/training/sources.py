@@ -256,8 +256,9 @@ def _open(source, name, split, config, streaming, data_dir, data_files) -> Datas
         files = sorted(glob.glob(name)) if isinstance(source, (str, Path)) else [str(file) for file in source]
         return _open_files(files, name, split, streaming)
     path = Path(name).expanduser()
-    if not path.exists() and os.environ.get("LDAE_DATA"):
-        path = Path(os.environ["LDAE_DATA"]) / path
+    inside = Path(os.environ.get("LDAE_DATA") or ".") / path
+    if not path.exists() and inside.exists():
+        path = inside
     if path.is_file():
         return _open_files([str(path)], name, split, streaming)
     if (path / "dataset_dict.json").is_file():

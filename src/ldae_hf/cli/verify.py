@@ -1,0 +1,40 @@
+"""`ldae verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An encoder, a checkpoint, a processor, a tokenizer, or a run.")],
+    dtype: Annotated[str, typer.Option(help="Precision of the features: float32 or bfloat16.")] = "float32",
+):
+    """Check that a folder holds what was written, loads again as it was, and computes what it did.
+
+    \b
+      hashes    every file has the sha256 that the manifest notes, and the manifest its own
+      weights   the model loads, and every tensor is the file's, bit for bit
+      tables    noise schedule and positions are those of the configuration
+      basis     the PCA in the weights is the processor's, and a learned tokenizer the one beside it
+      features  of fixed images they are what they were: within 1e-3 in float32, 2e-2 in bfloat16
+      recipe    recipe.json describes the model
+      finite    no NaN, no infinity, in the optimizer and the EMA neither
+
+    \b
+    ldae verify runs/mine
+    ldae verify runs/mine/encoder --dtype bfloat16
+
+    Exit code 0: nothing has failed. 1: something has. 2: there is no such folder.
+    """
+    from ldae_hf.verify import FAILED, verify
+
+    checks = verify(folder, dtype)
+    for check in checks:
+        status = "FAILED" if check.status == FAILED else check.status
+        where = "" if check.folder == folder else f"{check.folder.relative_to(folder)}  "
+        typer.echo(f"{status:11}  {where}{check.name}: {check.detail}")
+    failed = sum(check.status == FAILED for check in checks)
+    folders = len({check.folder for check in checks})
+    typer.echo(f"{folder}: {folders} {'folder' if folders == 1 else 'folders'}, {len(checks)} checks, {failed} failed")
+    raise typer.Exit(1 if failed else 0)
