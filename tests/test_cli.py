@@ -103,6 +103,8 @@ COMMANDS = [
     ["recipes", "diff"],
     ["plan"],
     ["pretrain"],
+    ["replay"],
+    ["report"],
     ["probe"],
     ["knn"],
     ["tokenizer"],
@@ -110,6 +112,7 @@ COMMANDS = [
     ["tokenizer", "evaluate"],
     ["tokenizer", "filters"],
     ["tokenizer", "table"],
+    ["verify"],
     ["weights"],
     ["weights", "convert"],
 ]

@@ -337,6 +337,12 @@ def test_a_name_is_looked_for_in_the_folder_of_data_sets_and_a_split_may_be_a_sl
     assert len(load_images(parquet.name, "train[:7]+test")) == 10
 
 
+def test_a_name_that_is_not_in_the_folder_of_data_sets_is_one_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDAE_DATA", str(tmp_path))
+    with pytest.raises(ConnectionError, match="Couldn't reach 'someone/pictures' on the Hub"):
+        load_images("someone/pictures")
+
+
 @pytest.mark.parametrize("image", ["image", "jpg", "jpeg", "png", "img", "webp", "photo"])
 @pytest.mark.parametrize("label", ["label", "labels", "cls", "fine_label", None])
 def test_columns_are_found_by_their_names(images, image, label):

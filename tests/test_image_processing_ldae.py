@@ -111,6 +111,15 @@ def test_the_resize_is_pils_bicubic_with_antialias():
     assert np.array_equal(resize_crop(image, 16, (0, 0, 64, 64)), expected.transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("box", [(62, 0, 437, 375), (100, 60, 331, 260), (0, 0, 500, 375), (7, 9, 8, 10)])
+def test_a_crop_is_bit_for_bit_what_pil_cuts_out_and_can_be_written_to(box):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
+    for size in (1, 16, 256):
+        crop = resize_crop(image, size, box)
+        expected = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        assert np.array_equal(crop, expected.transpose(2, 0, 1)) and crop.flags.c_contiguous and crop.flags.writeable
+
+
 def test_mean_and_standard_deviation_are_those_of_the_processor_and_can_be_left_out(images):
     processor = make_processor(image_mean=[0.1, 0.2, 0.3], image_std=(0.5, 0.25, 2))
     pixels = np.asarray(images[0]).transpose(2, 0, 1) / 255

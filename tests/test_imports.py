@@ -39,9 +39,11 @@ MAY_IMPORT = {
     "latent_tokenizers": {"configuration_ldae", "patch_tokenizers"},
     "ldae_hf": MODELS | BESIDE_THE_MODELS,
     "recipes": {"configuration_ldae"},
+    "model_checks": MODELS | {"golden", "latent_tokenizers", "progress", "recipes"},
+    "verify": {"manifest", "golden", "model_checks", "image_processing_ldae", "latent_tokenizers"},
     "training": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "progress"},
     "evaluation": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "progress", "training"},
-    "cli": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "training", "evaluation", "weights"},
+    "cli": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "training", "evaluation", "verify", "weights"},
 }
 
 # Dependency -> the rooms that may know it. torchvision and timm break other parts of the stack just by being there.

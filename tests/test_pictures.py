@@ -10,11 +10,11 @@ from PIL import Image
 from test_every_recipe import RECIPES, build, config_of, images
 from torch import nn
 
-from ldae_hf import LDAEConfig
+from ldae_hf import LDAEConfig, LDAEImageProcessor
 from ldae_hf.noise_schedules import SCHEDULES, NoiseSchedule
 from ldae_hf.patch_tokenizers import patchify, unpatchify
 from ldae_hf.training import load_images
-from ldae_hf.training.pictures import LEGIBLE, MARGIN, denoising_picture, mosaic, watched_images, watched_levels
+from ldae_hf.training.pictures import MARGIN, SMALLEST, denoising_picture, mosaic, watched_images, watched_levels
 
 
 KEYS = ("tokenizer", "noise_schedule", "sigma_max", "input_space", "prediction_target", "latent_dim", "latent_scaling")
@@ -31,7 +31,7 @@ KINDS = {tuple(getattr(new_config(name), key) for key in (*KEYS, "num_classes"))
 
 def row_of(picture: Image.Image, number: int, size: int) -> np.ndarray:
     """A row of a picture, (H,W,3), without the titles."""
-    height = size * max(1, LEGIBLE // size) + 2
+    height = size * max(1, SMALLEST // size) + 2
     return np.asarray(picture)[number * height : (number + 1) * height, MARGIN:].astype(int)
 
 
@@ -49,7 +49,7 @@ def test_a_picture_has_a_row_of_originals_and_two_for_each_level_and_leaves_no_t
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
-    levels, side = len(watched_levels(model.ldae.schedule)), size * max(1, LEGIBLE // size) + 2
+    levels, side = len(watched_levels(model.ldae.schedule)), size * max(1, SMALLEST // size) + 2
     assert picture.size == (MARGIN + COUNT * side, (1 + 2 * levels) * side)
     assert (row_of(picture, 0, size) == painted(processor.normalize_pixels(pixels), processor)).all()
     model.eval()
@@ -116,6 +116,16 @@ def test_a_model_that_has_gone_to_pieces_is_still_painted():
     picture = denoising_picture(model, processor, images(size)[:2])
     assert row_of(picture, 2, size)[1:-1, 1:60].max() == 0
     assert row_of(picture, 0, size)[1:-1, 1:60].max() > 0
+
+
+def test_large_images_are_shown_smaller_and_small_ones_larger():
+    processor = LDAEImageProcessor(256, 16, 32)
+    stripes = torch.zeros(1, 3, 256, 256)  # grey
+    stripes[..., 1::2] = 3.0  # clipped to white before it is averaged
+    shown = row_of(mosaic([("", stripes)], processor), 0, 128)
+    assert shown.shape == (130, 130, 3) and set(shown[1:-1, 1:-1].flatten()) == {191}
+    assert mosaic([("", stripes[..., :96, :96])] * 2, processor).size == (MARGIN + 98, 2 * 98)
+    assert mosaic([("", stripes[..., :16, :16])] * 2, processor).size == (MARGIN + 66, 2 * 66)
 
 
 def test_a_compiled_model_is_not_compiled_again_for_a_picture():

@@ -21,6 +21,7 @@ from ldae_hf import LDAEImageProcessor
 from ldae_hf.cli import app
 from ldae_hf.manifest import check_folder
 from ldae_hf.training import checkpoints, load_images, pretrain
+from ldae_hf.training.replay import replay
 
 
 NUM_IMAGES = 20  # two global batches of 8 an epoch, and four images that are left out
@@ -236,6 +237,49 @@ def test_a_run_that_died_before_it_wrote_its_encoder_writes_it_and_trains_no_ste
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "encoder")
     train(tmp_path, images)
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(images, unbroken, tmp_path, capfd):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "encoder")
+    newest = checkpoints(tmp_path / "checkpoints")[-1]
+    with open(newest / "model.safetensors", "r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"?")
+    train(tmp_path, images)
+    assert "model.safetensors is missing or damaged" in capfd.readouterr().out
+    assert (newest.parent / f"{newest.name}.damaged").is_dir()
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_leaves_a_note_that_repeats_the_step(images, tmp_path):
+    wild = {"train.base_learning_rate": 1e30, "train.warmup_epochs": 0}
+    with pytest.raises(ValueError, match="ldae replay .*step-00000001` repeats it image by image"):
+        train(tmp_path, images, wild)
+    [note] = (tmp_path / "failures").iterdir()
+    facts = json.loads((note / "replay.json").read_text())
+    assert facts["step"] == 1 and facts["seed"] == 0 and facts["epoch"] == 0
+    found = Child(lambda: replay(note, dataset=images, batch_size=4)).join()
+    assert sorted(row["sample_id"] for row in found["bad"]) == sorted(facts["sample_ids"])
+    assert {row["where"] for row in found["bad"]} == {"the loss"} and found["images"] == 8
+
+
+def test_weights_that_are_not_finite_are_not_saved_over_good_ones(images, tmp_path):
+    def spoil(model, processor):
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+        return {}
+
+    without_ema = {"train.ema_half_life_epochs": None}  # whose weights would be put in place meanwhile
+    train(tmp_path, images, without_ema, max_steps=5)
+    with pytest.raises(ValueError, match="is not finite after step 6, which is not saved; .*step-00000005 is intact"):
+        train(tmp_path, images, without_ema, evaluations=[spoil], max_steps=6, evaluate_every=6)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
+def test_a_run_that_is_told_to_be_deterministic_is_the_same_run(images, unbroken, tmp_path):
+    train(tmp_path, images, deterministic=True)
     assert_same_run(unbroken, tmp_path)
 
 

@@ -87,7 +87,7 @@ def test_a_signal_while_training_saves_at_the_end_of_the_step(images, evaluated,
         train(tmp_path, images, prepare=sent_at(3, signal.SIGTERM, tmp_path), **run)
     [saved] = checkpoints(tmp_path / "checkpoints")
     assert int(saved.name[5:]) in (3, 4)
-    assert "SIGTERM: saving" in capfd.readouterr().err
+    assert "SIGTERM: the run stops as soon as all is saved" in capfd.readouterr().err
     train(tmp_path, images, **run)
     assert_same_run(evaluated, tmp_path)
 

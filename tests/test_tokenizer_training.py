@@ -238,7 +238,8 @@ def test_a_run_learns_logs_every_term_and_paints_every_epoch(kind, runs):
     pictures = sorted((folder / "reconstructions").iterdir())
     assert [picture.name for picture in pictures] == [f"step-{step:08d}.png" for step in (2, 4, 6, 8, 10)]
     with Image.open(pictures[-1]) as picture:
-        assert picture.size == (16 * 18, 2 * 18)  # 16 images, originals above, each with a border
+        # 16 images, originals above, each enlarged fourfold, with a border, and at the left the titles
+        assert picture.size == (64 + 16 * 66, 2 * 66)
     for checked in (*checkpoints(folder / "checkpoints"), folder / "tokenizer", folder / "processor"):
         check_folder(checked)
 

@@ -8,6 +8,7 @@ from .options import PLAIN
 from .plan import plan
 from .pretrain import pretrain
 from .replay import replay
+from .report import report
 from .verify import verify
 
 
@@ -27,6 +28,7 @@ def ldae():
 app.command()(plan)
 app.command()(pretrain)
 app.command()(replay)
+app.command()(report)
 app.command()(verify)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(probe)

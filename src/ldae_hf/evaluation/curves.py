@@ -10,8 +10,8 @@ from .html_text import text
 
 Point = tuple[float, float | None]  # step and value; None where the value is not finite
 
-WIDTH, HEIGHT = 360, 190  # in units of which a phone shows about one per pixel
-LEFT, RIGHT, TOP, BOTTOM = 48, 352, 8, 152
+WIDTH, HEIGHT = 360, 196  # in units of which a phone shows about one per pixel
+LEFT, RIGHT, TOP, BOTTOM = 48, 344, 18, 160
 BINS = 1000  # of steps, in each of which a long run keeps two points
 TREND_BINS = 120  # of steps, in each of which a long run shows its median
 
@@ -133,7 +133,7 @@ def curve_svg(
             parts.append(f'<text class="faint" x="{x(tick)}" y="{BOTTOM + 29}" text-anchor="middle">{epoch}</text>')
     parts.append(f'<text x="2" y="{BOTTOM + 15}">step</text>')
     if logarithmic:
-        parts.append(f'<text class="faint" x="2" y="{TOP + 4}">log</text>')
+        parts.append(f'<text class="faint" x="{LEFT - 5}" y="9" text-anchor="end">log</text>')
     if steps_per_epoch:
         parts.append(f'<text class="faint" x="2" y="{BOTTOM + 29}">epoch</text>')
     for step, kind, title in marks:

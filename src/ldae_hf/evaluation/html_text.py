@@ -1,6 +1,6 @@
 """What every part of a page is made of: text that is no markup, times, tables."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 
@@ -35,8 +35,11 @@ def moment(value) -> str:
         return "–"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells are HTML."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are HTML; each carries its column's title, for screens that are too narrow for a table."""
     titles = "".join(f"<th>{title}</th>" for title in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
-    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>\n{lines}</tbody></table></div>'
+    lines = (
+        "".join(f'<td data-title="{title}">{cell}</td>' for title, cell in zip(head, row, strict=True)) for row in rows
+    )
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}</tbody></table></div>'

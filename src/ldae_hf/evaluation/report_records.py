@@ -66,13 +66,14 @@ def recipe_section(record: RunRecord) -> str:
     rows = [(text(origin), " · ".join(values)) for origin, values in changes.items() if values]
     return (
         f"<p>The path: {text(' › '.join(recipe.steps))}.</p>"
-        f"{table(('set by', 'values that are not the first recipe’s'), rows)}"
+        '<p class="soft">What differs from the first recipe, with who set it last:</p>'
+        f"{table(('set by', 'values'), rows)}"
         f"<details><summary>Every value of {text(title)}</summary><pre>{text(resolved)}</pre></details>"
     )
 
 
 def when(event: dict) -> str:
-    return f"{moment(event.get('time'))}<br>step {text(event.get('step'))}" if event else "–"
+    return f"{moment(event.get('time'))}, step {text(event.get('step'))}" if event else "–"
 
 
 def sessions_section(record: RunRecord) -> str:
@@ -98,7 +99,7 @@ def sessions_section(record: RunRecord) -> str:
                 f'<span class="soft">{commit}{text(" · ".join(facts))}</span>',
             )
         )
-    return table(("", "began", "ended", "by", "command and machine"), rows)
+    return table(("session", "began", "ended", "by", "command and machine"), rows)
 
 
 def checkpoints_section(record: RunRecord) -> str:

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..manifest import MANIFEST, DamagedError, check_folder, write_folder
+from ..progress import quietly
 from .optimization import ExponentialMovingAverage
 from .sharding import copy_, shard_like, whole
 
@@ -107,7 +107,7 @@ class CheckpointWriter:
             write_rest: given the new folder and the copies, writes what is not such a file.
 
         Raises:
-            OSError: the checkpoint before this one could not be written.
+            OSError: the checkpoint before this one could not be written. CheckpointError: it was not finite.
         """
         self.wait()
         for file, tensors in files.items():
@@ -122,7 +122,7 @@ class CheckpointWriter:
         """Until the last checkpoint is on the disk, and the older ones are gone.
 
         Raises:
-            OSError: it could not be written.
+            OSError: it could not be written. CheckpointError: it was not finite.
         """
         self.join()
         if self._error is not None:
@@ -151,9 +151,17 @@ class CheckpointWriter:
 
     def _write(self, step: int, write_rest: WriteRest) -> None:
         try:
+            self._check_finite(step)
             write_checkpoint(self.folder, step, lambda path: self._write_files(path, write_rest), self.keep)
         except BaseException as error:
             self._error = error
+
+    def _check_finite(self, step: int) -> None:
+        """Before an older checkpoint has to go for one that nobody can use."""
+        for file, tensors in self._host.items():
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise CheckpointError(f"{name} of {file} is not finite after step {step}, which is not saved")
 
     def _write_files(self, path: Path, write_rest: WriteRest) -> None:
         (path / STATE).parent.mkdir()
@@ -172,18 +180,6 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], kee
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # first out of sight, in one move
     return target
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without transformers' own progress bar, which for a single file would only break up that of the run."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # ---- a pre-training run

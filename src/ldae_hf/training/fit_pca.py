@@ -129,8 +129,7 @@ def fit(
                     raise Interrupted(signal)
 
     if source.streaming:  # nobody could say where it stands
-        with session.signals.breaking_off():
-            accumulate()
+        session.together(accumulate, at_once=True)
     else:
         accumulate()
     return processor.set_basis(PatchCovariance.from_state_dict(sums()))

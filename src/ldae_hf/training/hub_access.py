@@ -1,7 +1,6 @@
 """What can go wrong between us and the Hub: failures that pass are waited for, refusals are put in a sentence.
 
-huggingface_hub tries a request 6 times within about 24 seconds, and `datasets` goes on for minutes after a lost
-connection. Neither waits for long on a server that answers 408, 500, 502 or 503, nor when a data set is opened.
+huggingface_hub tries most requests 6 times within about 24 seconds; this goes on for minutes where it gives up.
 """
 
 import logging
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from datasets import config
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -17,6 +17,9 @@ from huggingface_hub.utils import httpx
 
 
 logger = logging.getLogger(__name__)
+
+# `datasets` would read on in a connection that has failed twice, find nothing more, and take a tar for ended there.
+config.STREAMING_READ_MAX_RETRIES = 1
 
 TRIES = 10
 LONGEST_WAIT = 120  # seconds between two tries; all of them together come to about 6 minutes
@@ -127,4 +130,7 @@ def _retry_after(error: Exception) -> float:
 
 
 def _in_a_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(" .")
+    """What happened, without the sentences that others have wrapped it in."""
+    at_the_root = [each for each in _chain(error) if isinstance(each, (HfHubHTTPError, httpx.TransportError))]
+    text = str(at_the_root[0] if at_the_root else error)
+    return next((line for line in text.splitlines() if line.strip()), type(error).__name__).rstrip(" .")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..progress import progress_bar
-from .checkpointing import CheckpointWriter, checkpoints, load_rng, rng_tensors
+from .checkpointing import CheckpointError, CheckpointWriter, checkpoints, load_rng, rng_tensors
 from .metrics_log import MetricsLog
 from .optimization import Plan
 from .session import Interrupted, RunError, Session
@@ -172,6 +172,8 @@ class Loop:
         """
         try:
             self.session.together(write)
+        except CheckpointError as error:
+            raise RunError(f"{error}; {self.what_is_intact()}.") from error
         except OSError as error:
             raise RunError(
                 f"Step {self.session.step} could not be saved: {error.strerror or error}. {self.what_is_intact()}; "

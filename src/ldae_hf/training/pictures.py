@@ -14,7 +14,7 @@ from .sources import ImageSource
 
 
 NOISE_TO_SIGNAL = (0.25, 0.5, 1, 2)  # sigma_t / gamma_t: what makes the levels of different schedules comparable
-LEGIBLE = 64  # pixels; smaller images are enlarged by a whole number
+SMALLEST, LARGEST = 64, 128  # pixels per side, between which images are brought by a whole number, if one does
 MARGIN = 64  # pixels at the left, for the titles of the rows
 
 
@@ -81,12 +81,15 @@ def denoising_picture(
 def mosaic(rows: Sequence[tuple[str, torch.Tensor]], processor: LDAEImageProcessor) -> Image.Image:
     """Rows of images, a title and (n,C,H,W) in the processor's normalisation each, as one picture on white.
 
-    Values outside the range are clipped, NaN is black; small images are enlarged by a whole number.
+    Values outside the range are clipped, NaN is black. Small images are enlarged, each pixel to a square; of large ones
+    squares of pixels are averaged.
     """
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    pixels = torch.stack([images.float().cpu() for _, images in rows]) * std + mean
-    pixels = (pixels.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
-    times = max(1, LEGIBLE // pixels.shape[-1])
+    images = torch.stack([images.float().cpu() for _, images in rows]) * std + mean
+    size, layout = images.shape[-1], images.shape[:2]
+    images = F.avg_pool2d(images.nan_to_num(0).clamp(0, 1).flatten(0, 1), max(1, -(-size // LARGEST)))
+    pixels = (images * 255).round().to(torch.uint8).unflatten(0, layout)
+    times = max(1, SMALLEST // size)
     pixels = pixels.repeat_interleave(times, -1).repeat_interleave(times, -2)
     pixels = F.pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
     images = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).contiguous().numpy())

@@ -158,16 +158,11 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     if (encoder / MANIFEST).is_file():
         accelerator.print(f"this run is finished; encoder: {encoder}")
         return encoder
-    with session.signals.breaking_off():
-        source = load_images(
-            data["dataset"] if options.dataset is None else options.dataset,
-            data["train_split"],
-            streaming=options.streaming,
-            image_column=options.image_column,
-            label_column=options.label_column,
-            num_images=options.num_images,
-            quarantine=options.quarantine,
-        )
+    dataset = data["dataset"] if options.dataset is None else options.dataset
+    told = {
+        key: getattr(options, key) for key in ("streaming", "image_column", "label_column", "num_images", "quarantine")
+    }
+    source = session.together(lambda: load_images(dataset, data["train_split"], **told), at_once=True)
     check_labels(config.num_classes, source)
     if not check_given(options.tokenizer, output_dir, recipe, config):
         check_trainable(recipe, config, source, options.perceptual_weights)
@@ -178,6 +173,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     check_same_run(output_dir, run)
     session.own()
     session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(run, indent=2)))
+    layout = {"per_device_batch_size": plan.per_device_batch_size, "accumulation": plan.accumulation}
+    session.begin(name=recipe.title, total_steps=plan.total_steps, num_workers=options.num_workers, **layout)
 
     # ---- build: processor, tokenizer, model, optimizer
     loading = loading_options(recipe, seed, options.num_workers)
@@ -248,8 +245,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         accelerator.print(f"resuming at step {step:,} from {found}")
     writer = CheckpointWriter(output_dir / "checkpoints", options.keep_checkpoints, accelerator.is_main_process)
     watched = None
-    if options.watched and not source.streaming:
-        watched = watched_images(source, config.image_size, min(options.watched, len(source)))
+    if options.watched and accelerator.is_main_process:
+        watched = watched_images(source, config.image_size, options.watched)
     batches, sample_ids = iter(loader), []  # the latter of one step
 
     def add_what_belongs_to_it(path: Path, step: int) -> None:
@@ -334,9 +331,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         flops_per_image=training_flops_per_image(config),
         peak_flops=peak_flops(accelerator.device, options.mixed_precision),
     )
-    layout = {"per_device_batch_size": plan.per_device_batch_size, "accumulation": plan.accumulation}
-    session.begin(step, name=recipe.title, total_steps=plan.total_steps, num_workers=options.num_workers, **layout)
-    looks = watched is not None or options.evaluations
+    looks = options.watched or options.evaluations
     step = loop.run(step, take_gradient, apply_gradient, save, evaluate if looks else None, explain)
 
     if step < plan.total_steps:

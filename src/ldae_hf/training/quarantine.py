@@ -6,7 +6,7 @@ image is known again. A line can be edited: what counts is its `left_out`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -85,3 +85,27 @@ def read_quarantine(file: str | Path, streaming: bool, name: str) -> Quarantine:
             f"{'with' if streaming else 'without'} --streaming."
         )
     return quarantine
+
+
+def leave_out(source, file: str | Path):
+    """An [`ImageSource`] without the images that a quarantine file names; see [`load_images`].
+
+    Raises:
+        ValueError: as [`read_quarantine`], or the file was made for another data set, or nothing is left.
+    """
+    quarantine = read_quarantine(file, source.streaming, source.name)
+    if not source.streaming and source.num_images != quarantine.num_images:
+        raise ValueError(
+            f"{file} was made for {quarantine.dataset} with {quarantine.num_images} images, but {source.name} has "
+            f"{source.num_images}: check this data set with `ldae data check`."
+        )
+    num_images = source.num_images and source.num_images - len(quarantine.rows)
+    if num_images == 0:
+        raise ValueError(f"{file} leaves out every image of {source.name}.")
+    dataset = source.dataset
+    if not source.streaming:  # the rows of a stream are compared when they come by
+        numbers = sorted(quarantine.rows)
+        for number in numbers[:: len(numbers) // 64 + 1]:
+            quarantine.check(number, source.digest(dataset[number]), source.name)
+        dataset = dataset.select([i for i in range(source.num_images) if i not in quarantine.rows])
+    return replace(source, dataset=dataset, num_images=num_images, quarantine=quarantine)

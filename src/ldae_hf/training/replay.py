@@ -66,7 +66,7 @@ def replay(folder: Path, *, dataset=None, batch_size: int = 16, num_workers: int
 
     Returns:
         `step`, `reason`, `images`, `largest_loss`, and `bad`: for each image whose own loss or gradient is not finite
-        its `sample_id`, `timestep`, `loss`, `gradient_norm`, and the first `module` whose output was not finite.
+        its `sample_id`, `timestep`, `loss`, `gradient_norm`, and `where` the first such number appeared.
 
     Raises:
         RunError: it was the step of a stream, which cannot be read again, or the images are others.
@@ -110,10 +110,10 @@ def replay(folder: Path, *, dataset=None, batch_size: int = 16, num_workers: int
             continue
         for row, sample_id in enumerate(batch["sample_ids"].tolist()):
             alone = {name: value[row : row + 1] for name, value in inputs.items()}
-            loss, norm, module = gradient_of(model, alone, facts["mixed_precision"])
+            loss, norm, where = gradient_of(model, alone, facts["mixed_precision"])
             largest = max(largest, loss) if math.isfinite(loss) else largest
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                found = dict(timestep=int(batch["timesteps"][row]), loss=loss, gradient_norm=norm, module=module)
+                found = dict(timestep=int(batch["timesteps"][row]), loss=loss, gradient_norm=norm, where=where)
                 bad.append({"sample_id": sample_id} | found)
     if sorted(seen) != sorted(facts["sample_ids"]):
         raise RunError(f"{source.name} gives other samples at this step than the run had; give its own with --dataset.")
@@ -121,15 +121,26 @@ def replay(folder: Path, *, dataset=None, batch_size: int = 16, num_workers: int
 
 
 def gradient_of(model: LDAEForPreTraining, inputs: dict, mixed_precision: str) -> tuple[float, float, str | None]:
-    """Loss, norm of the gradient, and the first module whose output was not finite, None if all were."""
+    """Loss, norm of the gradient, and where the first number appeared that is not finite, None if all are.
+
+    That is the output of a module, the loss, or the gradient of a parameter.
+    """
     device = model.device.type
     model.zero_grad(set_to_none=True)
     with watching(model) as unusual:
         with torch.autocast(device, dtype=torch.bfloat16) if mixed_precision == "bf16" else nullcontext():
             loss = model(**inputs).loss
         loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return loss.item(), norm.item(), unusual[0] if unusual else None
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
+    if unusual:
+        where = f"the output of {unusual[0]}"
+    elif not torch.isfinite(loss):
+        where = "the loss"
+    else:  # the backward pass comes to the last parameter first
+        where = next((name for name in reversed(gradients) if not torch.isfinite(gradients[name]).all()), None)
+        where = where and f"the gradient of {where}"
+    return loss.item(), norm, where
 
 
 @contextmanager
@@ -156,9 +167,8 @@ def replay_text(found: dict) -> str:
     """What `replay` found, in words."""
     lines = [f"step {found['step'] + 1}: {found['reason']}; {found['images']} images"]
     for row in found["bad"]:
-        where = f", first in {row['module']}" if row["module"] else ""
         numbers = f"loss {row['loss']:g}, gradient {row['gradient_norm']:g}"
-        lines.append(f"image {row['sample_id']} at t = {row['timestep']}: {numbers}{where}")
+        lines.append(f"image {row['sample_id']} at t = {row['timestep']}: {numbers}; first in {row['where']}")
     if not found["bad"]:
         lines.append(
             "Every image alone has a finite loss and gradient here. It may take the run's own GPU, precision or layout."

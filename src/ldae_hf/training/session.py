@@ -13,16 +13,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch.distributed import ReduceOp, all_reduce, new_group
 
+from .checkpointing import checkpoints
 from .circumstances import circumstances
 
 
@@ -31,6 +33,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: what SLURM
 PATIENCE = 5  # seconds, after which another Ctrl-C is meant as it is; launchers pass on the first one twice
 # The other processes wait while the main one evaluates, saves or trains the network of a perceptual loss.
 TIMEOUT = timedelta(hours=2)
+
+Result = TypeVar("Result")
 
 
 class RunError(ValueError):
@@ -65,7 +69,7 @@ class Signals:
         if not self.number:
             self.number, self.came = number, time.monotonic()
             # Not `print`, which the signal may have interrupted.
-            os.write(2, f"\n{signal.Signals(number).name}: saving at the end of this step\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: the run stops as soon as all is saved\n".encode())
         if self.breakable:
             self.breakable = False
             raise Interrupted(self.number)
@@ -155,12 +159,13 @@ class Session:
 
         self.on_main(lock)
 
-    def begin(self, step: int, **facts) -> None:
-        """Notes in `sessions.jsonl` that the run goes on from `step`, with which code and where."""
-        self.step, self._begun = step, True
+    def begin(self, **facts) -> None:
+        """Notes in `sessions.jsonl` that the run is taken up, from which step, with which code and where."""
+        found = checkpoints(self.folder / "checkpoints")
+        self.step, self._begun = int(found[-1].name.partition("-")[2]) if found else 0, True
         if self.accelerator.is_main_process:
             layout = {name: getattr(self.accelerator, name) for name in ("num_processes", "mixed_precision")}
-            self.note({"event": "start", **circumstances(), "time": time.time(), "step": step, **layout, **facts})
+            self.note({"event": "start", **circumstances(), "time": time.time(), "step": self.step, **layout, **facts})
 
     def note(self, event: dict) -> None:
         """Appends a line to `sessions.jsonl`; a full disk does not hide what is being noted."""
@@ -181,15 +186,19 @@ class Session:
         all_reduce(ballot, ReduceOp.MAX, group=self._votes)
         return ballot.tolist()
 
-    def together(self, work: Callable[[], None]) -> None:
-        """Calls `work` in every process; what it raises in one ends all.
+    def together(self, work: Callable[[], Result], at_once: bool = False) -> Result:
+        """What `work` returns, called in every process; what it raises in one ends all.
+
+        Args:
+            at_once: nothing is lost if it is broken off: a signal does so.
 
         Raises:
             RunError: it failed in another process. Interrupted: it was broken off in one.
         """
-        error = None
+        result, error = None, None
         try:
-            work()
+            with self.signals.breaking_off() if at_once else nullcontext():
+                result = work()
         except BaseException as raised:
             error = raised
         by_signal = self.signals.number if isinstance(error, Interrupted) else 0
@@ -200,10 +209,11 @@ class Session:
             raise RunError("Another process of this run has failed; its message says why.")
         if number:
             raise Interrupted(number)
+        return result
 
-    def on_main(self, work: Callable[[], None]) -> None:
+    def on_main(self, work: Callable[[], None], at_once: bool = False) -> None:
         """As `together`, with the others waiting for the main process."""
-        self.together(work if self.accelerator.is_main_process else lambda: None)
+        self.together(work if self.accelerator.is_main_process else lambda: None, at_once)
 
     def leave_if_asked(self) -> None:
         """Where nothing is lost: raises Interrupted in all processes if a signal came in one."""

@@ -3,7 +3,7 @@
 import glob
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..image_processing_ldae import read_image
 from .hub_access import patiently
-from .quarantine import Quarantine, digest, read_quarantine
+from .quarantine import Quarantine, digest, leave_out
 from .tar_files import tolerate_bad_members
 
 
@@ -222,27 +222,7 @@ def load_images(
         num_images=num_images,
         max_pixels=max_pixels,
     )
-    return source if quarantine is None else _leave_out(source, quarantine)
-
-
-def _leave_out(source: ImageSource, file: str | Path) -> ImageSource:
-    """The source without the images that a quarantine file names."""
-    quarantine = read_quarantine(file, source.streaming, source.name)
-    if source.num_images not in (None, quarantine.num_images):
-        raise ValueError(
-            f"{file} was made for {quarantine.dataset} with {quarantine.num_images} images, but {source.name} has "
-            f"{source.num_images}: check this data set with `ldae data check`."
-        )
-    num_images = source.num_images and source.num_images - len(quarantine.rows)
-    if num_images == 0:
-        raise ValueError(f"{file} leaves out every image of {source.name}.")
-    dataset = source.dataset
-    if not source.streaming:  # the rows of a stream are compared when they come by
-        numbers = sorted(quarantine.rows)
-        for number in numbers[:: len(numbers) // 64 + 1]:
-            quarantine.check(number, source.digest(dataset[number]), source.name)
-        dataset = dataset.select([i for i in range(source.num_images) if i not in quarantine.rows])
-    return replace(source, dataset=dataset, num_images=num_images, quarantine=quarantine)
+    return source if quarantine is None else leave_out(source, quarantine)
 
 
 def _open(source, name, split, config, streaming, data_dir, data_files) -> Dataset | IterableDataset:

@@ -124,7 +124,7 @@ def encode_all(
 
     def encode_share() -> None:
         bar = progress_bar(total=len(source), desc="latents", unit=" images", disable=not accelerator.is_main_process)
-        with bar, session.signals.breaking_off():
+        with bar:
             for number in numbers[accelerator.process_index :: accelerator.num_processes]:
                 rows = range(number * images_per_file, min((number + 1) * images_per_file, len(source)))
                 if not (parts / file_name(number)).is_file():
@@ -158,5 +158,5 @@ def encode_all(
         write_folder(folder, write)
         shutil.rmtree(parts)
 
-    session.together(encode_share)
+    session.together(encode_share, at_once=True)
     session.on_main(join)

@@ -9,11 +9,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType
-from PIL import Image
 from torch import nn
 
 from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LEARNED_TOKENIZERS, LDAEConfig
@@ -31,12 +28,13 @@ from ..recipes import Recipe, load_recipe
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_layers, generator_loss, hinge_loss
 from .autoencoders import ConvolutionalTraining, PatchAutoencoderTraining
 from .checkpointing import CheckpointWriter, load_parts, save_parts
-from .data import ImageSource, crop_loader, eval_loader, load_images, loading_options, train_loader
+from .data import ImageSource, crop_loader, load_images, loading_options, train_loader
 from .fit_pca import fit_processor
 from .loop import Gradient, Loop
 from .metrics_log import MetricsLog
 from .optimization import Plan, adamw, update
 from .perceptual import LPIPS, LabelFeatures, train_label_features
+from .pictures import mosaic, watched_images
 from .run_folder import check_options, check_same_run, identity, newest_checkpoint
 from .sampling import epoch_order
 from .session import RunError, Session, make_accelerator
@@ -156,7 +154,8 @@ def train_with(
         accelerator.print(f"this run is finished; tokenizer: {folder}")
         return folder
     columns = dict(image_column=image_column, label_column=label_column)
-    source = load_images(data["dataset"] if dataset is None else dataset, data["train_split"], **columns)
+    dataset = data["dataset"] if dataset is None else dataset
+    source = session.together(lambda: load_images(dataset, data["train_split"], **columns), at_once=True)
     check_trainable(recipe, config, source, perceptual_weights)
     largest = max(1, 2**20 // config.image_size**2) if convolutional else 256  # activations at full resolution
     layout = accelerator.num_processes, per_device_batch_size
@@ -165,6 +164,7 @@ def train_with(
     check_same_run(output_dir, run)
     session.own()
     session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(run, indent=2)))
+    session.begin(name=f"{recipe.title}, its tokenizer", total_steps=plan.total_steps, num_workers=num_workers)
 
     # ---- build: processor, autoencoder, discriminator, optimizers
     loading = loading_options(recipe, seed, num_workers)
@@ -176,8 +176,7 @@ def train_with(
     perceptual = perceptual_network(
         output_dir / "perceptual", config, settings, source, session, perceptual_weights, loading
     )
-    # Before the seed: a loader's start draws from the generator whose state is saved.
-    watched = next(iter(eval_loader(source, config.image_size, 16)))["pixel_values"]
+    watched = watched_images(source, config.image_size, 16)
     torch.manual_seed(seed)
     if convolutional:
         module = ConvolutionalTraining(config, settings, perceptual)
@@ -281,8 +280,10 @@ def train_with(
             noise = torch.zeros(len(pixels), config.num_patches, config.latent_dim, device=accelerator.device)
             _, reconstruction = module(pixels, noise)
         error = (pixels - reconstruction).square().mean().item()
-        picture = torch.stack([pixels.cpu(), reconstruction.cpu()])
-        paint(picture, processor, output_dir / "reconstructions" / f"step-{step:08d}.png")
+        pictures = output_dir / "reconstructions"
+        pictures.mkdir(exist_ok=True)
+        rows = [("original", pixels), ("restored", reconstruction)]
+        mosaic(rows, processor).save(pictures / f"step-{step:08d}.png")
         log.write_evaluation(step, {"watched_squared_error": error})
 
     loop = Loop(
@@ -297,7 +298,6 @@ def train_with(
         max_minutes=max_minutes,
         started=started,
     )
-    session.begin(step, name=loop.name, total_steps=plan.total_steps, num_workers=num_workers)
     step = loop.run(step, take_gradient, apply_gradient, save, lambda step: session.on_main(lambda: evaluate(step)))
     if step < plan.total_steps:
         accelerator.print(f"stopped at step {step:,} of {plan.total_steps:,}; run the same command again to go on")
@@ -338,15 +338,6 @@ def finish(folder: Path, learned: LearnedTokenizer, session: Session) -> Path:
     session.on_main(lambda: write_folder(folder, learned.save_pretrained))
     session.accelerator.print(f"tokenizer: {folder}")
     return folder
-
-
-def paint(rows: torch.Tensor, processor: LDAEImageProcessor, file: Path) -> None:
-    """Writes images (rows,columns,C,H,W) in the processor's normalisation as one PNG."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    pixels = ((rows.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = F.pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(pixels.flatten(2, 3).flatten(0, 1).numpy())).save(file)
 
 
 @torch.no_grad()
@@ -462,15 +453,14 @@ def perceptual_network(
     def train_and_write() -> None:
         if folder.is_dir():
             return
-        with session.signals.breaking_off():  # it takes minutes, and begins anew
-            network, figures = train_label_features(
-                loader_of_epoch,
-                source.num_classes,
-                epochs=LABEL_FEATURES_EPOCHS,
-                device=device,
-                random_labels=kind == "random_labels",
-                seed=loading["seed"],
-            )
+        network, figures = train_label_features(
+            loader_of_epoch,
+            source.num_classes,
+            epochs=LABEL_FEATURES_EPOCHS,
+            device=device,
+            random_labels=kind == "random_labels",
+            seed=loading["seed"],
+        )
 
         def write(path: Path) -> None:
             network.save(path)
@@ -478,7 +468,7 @@ def perceptual_network(
 
         write_folder(folder, write)
 
-    session.on_main(train_and_write)
+    session.on_main(train_and_write, at_once=True)  # it takes minutes, and begins anew
     return LabelFeatures.load(folder).to(device)
 
 
