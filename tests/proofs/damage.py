@@ -9,7 +9,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trials import SMALL, Run, differences, labelled_images, leftovers, lines, overrides, report
-
 import torch
 from transformers import AutoModelForPreTraining
+from trials import SMALL, Run, differences, labelled_images, leftovers, lines, overrides, report
 
 from ldae_hf.manifest import DamagedError, check_folder, read_manifest, sha256
 from ldae_hf.recipes import load_recipe
@@ -145,10 +143,9 @@ def at(number: int, event: str, name: str, act: Callable[[], None]) -> Callable[
 
 
 def limit_files(size: Callable[[], int]) -> Callable[[], None]:
-    """No file can be longer than so many bytes from now on: writing fails as on a full disk, in the middle of a file."""
+    """No file can be longer than so many bytes from now on: writing fails in the middle of one, as on a full disk."""
 
-    def act() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then it is an error, EFBIG
+    def act() -> None:  # an error, EFBIG, and no death by SIGXFSZ, which Python ignores
         resource.setrlimit(resource.RLIMIT_FSIZE, (size(), resource.RLIM_INFINITY))
 
     return act
@@ -197,7 +194,7 @@ class FullDisk:
     def meets(self, number: int, act: Callable[[], None], make_room: Callable[[], None] = lambda: None) -> None:
         """The next start finds the disk full when it saves for the nth time."""
         folder, stands = self.run.folder / "checkpoints", self.run.step
-        start = self.run.start(at(number, "os.mkdir", ".step-*.writing", act))
+        start = self.run.start(at(number, "os.mkdir", ".step-*.writing/training", act))
         code, said = start.join()[0], start.end_of_output()
         self.saves += 1
         last = stands + number - 1
@@ -224,7 +221,7 @@ class FullDisk:
 
 def full_at_saves(count: int, rng: random.Random) -> list[int]:
     """After how many saves of each start the disk is full: the first, second or third, in a random order."""
-    numbers = ([1, 2, 3, 2] * count)[:count]
+    numbers = ([1, 2, 1, 3] * count)[:count]
     rng.shuffle(numbers)
     return numbers
 
@@ -232,9 +229,10 @@ def full_at_saves(count: int, rng: random.Random) -> list[int]:
 def limited(folder: Path, whole: Path, settings: dict, saves: int, failed: list[str]) -> int:
     """A file is cut off at a random length, in the middle of the first or a later file of a checkpoint."""
     disk, rng = FullDisk(folder, whole, settings, os.strerror(27), failed), random.Random(1)
-    largest = max(path.stat().st_size for path in whole.rglob("*.safetensors"))
+    longest = max(path.stat().st_size for path in whole.rglob("*.safetensors"))
     for number in full_at_saves(saves, rng):
-        disk.meets(number, limit_files(lambda: int(10 ** rng.uniform(4.5, 6.8) * largest / 10**7)))
+        length = int(longest * 10 ** rng.uniform(-2.5, 0))
+        disk.meets(number, limit_files(lambda length=length: length))
     disk.goes_on()
     return disk.saves
 
@@ -245,7 +243,7 @@ def filled(folder: Path, whole: Path, settings: dict, saves: int, failed: list[s
     size = sum(path.stat().st_size for path in checkpoints(whole / "checkpoints")[-1].rglob("*") if path.is_file())
     ballast = folder / "ballast"
     for number in full_at_saves(saves, rng):
-        disk.meets(number, fill(ballast, rng.randrange(size)), ballast.unlink)
+        disk.meets(number, fill(ballast, rng.randrange(size)), lambda: ballast.unlink(missing_ok=True))
     disk.goes_on()
     return disk.saves
 
@@ -256,9 +254,7 @@ def torn_lines(folder: Path, whole: Path, settings: dict, failed: list[str]) -> 
     for name, number, length in (("metrics.jsonl", 5, 100), ("sessions.jsonl", 2, 40)):
         file = folder / name
         act = limit_files(lambda file=file, length=length: file.stat().st_size + length)
-        # Checkpoints are longer: none must be written then.
-        changes = dict(checkpoint_every=4, max_steps=None) if name == "metrics.jsonl" else dict(max_steps=6)
-        start = run.start(at(number, "open", name, act), **changes)
+        start = run.start(at(number, "open", name, act), checkpoint_every=4, max_steps=6)
         start.join()
         is_torn = not file.read_bytes().endswith(b"\n")
         torn += is_torn
@@ -305,9 +301,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--saves", type=int, default=20, help="at which the disk is full, for each way to make it so")
     began = time.monotonic()
     line = (
-        "damage: {found_flips} of {flips} flipped bits and {found_truncations} of {truncations} truncations in the {files} "
-        "files of a checkpoint found before use, by all three who read one; disk full at random saves, {limited} times by "
-        "a limit on the length of files (EFBIG) and {disk} (ENOSPC), {torn} lines torn: went on bit for bit"
+        "damage: {found_flips:,} of {flips:,} flipped bits and {found_truncations} of {truncations} truncations in the "
+        "{files} files of a checkpoint found before use, by each of three readers; disk full at random saves, "
+        "{limited} times by a limit on the length of files (EFBIG), {disk} (ENOSPC), {torn} lines torn: "
+        "went on bit for bit"
     )
     return report(line, run(**vars(parser.parse_args(arguments))), began)
 

@@ -5,6 +5,7 @@ two runs cannot share a folder, and a killed one does not keep it.
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -14,11 +15,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from trials import SMALL, Run, Start, before, differences, labelled_images, lines, module, note, orphans, overrides, report
+from trials import (
+    SMALL,
+    Run,
+    Start,
+    before,
+    differences,
+    labelled_images,
+    lines,
+    module,
+    note,
+    orphans,
+    overrides,
+    report,
+)
 
 from ldae_hf.cli import app
 from ldae_hf.image_processing_ldae import LDAEImageProcessor
@@ -37,10 +50,9 @@ RECIPE = SMALL | {"train.epochs": 1, "train.warmup_epochs": 0}
 def images():
     """Pictures with one that is all magenta, so that it is known again after any crop, and its number."""
     blamed = int(epoch_order(0, 0, IMAGES)[(STEP - 1) * BATCH + PLACE])
-    plain = labelled_images(IMAGES)
-    pictures = [picture for picture in plain.with_format(None)["image"]]
-    pictures[blamed] = Image.fromarray(np.full((20, 24, 3), (255, 0, 255), dtype=np.uint8))
-    return plain.remove_columns("image").add_column("image", pictures, feature=plain.features["image"]), blamed
+    stream = io.BytesIO()
+    Image.new("RGB", (24, 20), "magenta").save(stream, "PNG")
+    return labelled_images(IMAGES, {blamed: stream.getvalue()}), blamed
 
 
 # ---- faults, each prepared in the fork
@@ -157,7 +169,9 @@ class Proof:
         start = self.command(run, prepare)
         codes, output = start.join(), start.output.read_text()
         self.claim(codes == [2] * processes, f"{what}: exit codes {codes}\n{output[-2000:]}")
-        self.claim(f"At step {STEP} " in output and "Traceback" not in output, f"{what}: says not the step\n{output[-2000:]}")
+        self.claim(
+            f"At step {STEP} " in output and "Traceback" not in output, f"{what}: says not the step\n{output[-2000:]}"
+        )
         self.stopped += codes == [2] * processes
         noted = run.folder / "failures" / f"step-{STEP - 1:08d}"
         if not noted.is_dir():
@@ -175,7 +189,9 @@ class Proof:
         same = before.keys() == kept.keys() and all(torch.equal(value, kept[key]) for key, value in before.items())
         self.claim(same, f"{what}: the weights were changed by the step")
         self.claim(run.step == 5, f"{what}: the checkpoint before it is not the last one")
-        self.claim([line["step"] for line in lines(run.folder)] == list(range(1, STEP)), f"{what}: the log has that step")
+        self.claim(
+            [line["step"] for line in lines(run.folder)] == list(range(1, STEP)), f"{what}: the log has that step"
+        )
         ended = lines(run.folder, "sessions.jsonl")[-1]
         self.claim((ended["event"], ended["reason"]) == ("end", "error"), f"{what}: its end is not noted as an error")
         self.claim(facts["command"] in output, f"{what}: the command to replay it is not said")
@@ -251,13 +267,13 @@ def run() -> dict:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser().parse_args(arguments)
+def main() -> int:
+    argparse.ArgumentParser().parse_args()
     began = time.monotonic()
     line = (
-        "faults: {faults} losses or gradients that are not finite, {stopped} stopped before the update with exit code 2; "
-        "{replays} replays, which found {found} of {images} images that were to blame; a second run on a folder was refused "
-        "after {refused_after:.1f} s, a run after a SIGKILL not"
+        "faults: {faults} losses or gradients not finite, {stopped} stopped before the update with exit code 2; "
+        "{replays} replays, which found {found} of {images} images that were to blame; a second run on a folder was "
+        "refused after {refused_after:.1f} s, a run after a SIGKILL not"
     )
     return report(line, run(), began)
 

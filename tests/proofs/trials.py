@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 - settings that must stand before a Hugging Face library is imported
-
 import datasets
 import psutil
 import torch
@@ -47,11 +46,12 @@ def overrides(values: dict) -> list[str]:
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
-def labelled_images(count: int = IMAGES, classes: int = 3) -> datasets.Dataset:
-    """Smooth pictures with class labels."""
-    plain = dataset_of([encoded(number) for number in range(count)]).remove_columns("label")
-    names = datasets.ClassLabel(names=[str(number) for number in range(classes)])
-    return plain.add_column("label", [number % classes for number in range(count)]).cast_column("label", names)
+def labelled_images(count: int = IMAGES, others: dict[int, bytes] | None = None) -> datasets.Dataset:
+    """Smooth pictures of three classes; `others` are image files to take in place of some, by number."""
+    contents = [(others or {}).get(number) or encoded(number) for number in range(count)]
+    classes = datasets.ClassLabel(names=["0", "1", "2"])
+    labels = [number % classes.num_classes for number in range(count)]
+    return dataset_of(contents).remove_columns("label").add_column("label", labels, feature=classes)
 
 
 def module(name: str):

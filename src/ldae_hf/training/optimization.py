@@ -138,7 +138,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """average += (1 - decay) · (parameters - average)."""
-        values = [local(value.detach()).float() for value in model.parameters()]
+        values = [local(value).float() for value in model.parameters()]
         torch._foreach_lerp_([local(value) for value in self.average.values()], values, 1 - self.decay)
 
     @contextmanager
