@@ -102,6 +102,8 @@ COMMANDS = [
     ["recipes", "show"],
     ["recipes", "diff"],
     ["plan"],
+    ["data"],
+    ["data", "check"],
     ["pretrain"],
     ["replay"],
     ["report"],

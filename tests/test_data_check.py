@@ -302,8 +302,8 @@ def test_the_command_prints_a_table_and_its_exit_code_says_what_was_found(files,
     assert result.exit_code == 0 and "2 images, something found in 0, left out 0." in result.stdout
     result = run(tmp_path / "bad", "--keep", "duplicate", "--num-workers", 0)
     assert result.exit_code == 1
-    assert [line.split() for line in result.stdout.splitlines()[:5]] == [
-        ["kind", "severity", "images", "left", "out"],
+    assert [line.split()[:4] for line in result.stdout.splitlines()[:5]] == [
+        ["kind", "severity", "images", "left"],
         ["missing", "unusable", "1", "1"],
         ["truncated", "unusable", "1", "1"],
         ["damaged", "warning", "1", "1"],

@@ -21,19 +21,25 @@ def images():
 
 def shard_in_float64():
     use_float64()
+    shard()
+
+
+def shard():
     module = sys.modules["ldae_hf.training.pretrain"]  # whose name is also that of its function
     make_accelerator = module.make_accelerator
 
     def with_fsdp2(*arguments):
         accelerator = make_accelerator(*arguments)
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             reshard_after_forward=True,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LDAELayer"],
             cpu_ram_efficient_loading=False,
         )
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
         return accelerator
 
     module.make_accelerator = with_fsdp2
@@ -64,3 +70,11 @@ def test_a_sharded_run_is_an_ordinary_run_and_each_goes_on_with_the_other(images
     assert len(checksums[0]) == 5 and checksums[0] == pytest.approx(checksums[1], rel=1e-12)
     assert "LDAEModel" in (tmp_path / "sharded" / "encoder" / "config.json").read_text()
     assert load_file(tmp_path / "sharded" / "encoder" / "golden_features.safetensors")
+
+
+@pytest.mark.slow
+def test_in_bf16_a_sharded_run_rounds_what_an_ordinary_one_rounds(images, tmp_path):
+    options = dict(processes=2, per_device_batch_size=4, mixed_precision="bf16", max_steps=4)
+    train(tmp_path / "ordinary", images, **options)
+    train(tmp_path / "sharded", images, prepare=shard, **options)
+    assert losses(tmp_path / "ordinary") == pytest.approx(losses(tmp_path / "sharded"), rel=1e-5)

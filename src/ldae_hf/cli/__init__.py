@@ -2,7 +2,7 @@
 
 import typer
 
-from . import recipes, tokenizer, weights
+from . import data, recipes, tokenizer, weights
 from .evaluate import knn, probe
 from .options import PLAIN
 from .plan import plan
@@ -30,6 +30,7 @@ app.command()(pretrain)
 app.command()(replay)
 app.command()(report)
 app.command()(verify)
+app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(probe)
 app.command()(knn)

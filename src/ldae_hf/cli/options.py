@@ -58,6 +58,7 @@ PerceptualWeights = Annotated[
 PerDeviceBatchSize = Annotated[
     int | None, typer.Option(help="Images of one forward pass; the rest of the global batch is accumulated.")
 ]
+Quarantine = Annotated[Path | None, typer.Option(help="A file of `ldae data check`: images to leave out.")]
 NumWorkers = Annotated[int, typer.Option(help="Processes that decode images.")]
 MixedPrecision = Annotated[str, typer.Option(help="bf16 or no.")]
 CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints; default one epoch.")]

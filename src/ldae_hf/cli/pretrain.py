@@ -21,6 +21,7 @@ from .options import (
     PerceptualWeights,
     PerDeviceBatchSize,
     Processor,
+    Quarantine,
     RecipeName,
     ReportTo,
     RunFolder,
@@ -47,7 +48,7 @@ def pretrain(
     cache_latents: Annotated[
         bool, typer.Option(help="Encode every image once; for latent targets and centre crops.")
     ] = False,
-    quarantine: Annotated[Path | None, typer.Option(help="A file of `ldae data check`: images to leave out.")] = None,
+    quarantine: Quarantine = None,
     seed: Annotated[int, typer.Option(help="Of initialisation, order, crops, timesteps and noise.")] = 0,
     per_device_batch_size: PerDeviceBatchSize = None,
     num_workers: NumWorkers = 2,

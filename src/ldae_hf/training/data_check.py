@@ -73,14 +73,14 @@ class Report:
     file: Path
 
     def table(self) -> str:
-        """Kinds and counts in aligned columns, and two lines on the whole."""
+        """Kinds, counts and meanings in aligned columns, and two lines on the whole."""
         lines = [f"{'kind':<11}{'severity':<10}{'images':>9}{'left out':>10}"] if self.findings else []
         counts = Counter((finding["kind"], finding["left_out"]) for finding in self.findings)
-        for kind in (*UNUSABLE, *WARNINGS):
+        for kind, meaning in (UNUSABLE | WARNINGS).items():
             left_out, kept = counts[kind, True], counts[kind, False]
             if left_out + kept:
                 severity = "unusable" if kind in UNUSABLE else "warning"
-                lines.append(f"{kind:<11}{severity:<10}{left_out + kept:>9,}{left_out:>10,}")
+                lines.append(f"{kind:<11}{severity:<10}{left_out + kept:>9,}{left_out:>10,}  {meaning}")
         found = len({finding["index"] for finding in self.findings})
         left_out = len({finding["index"] for finding in self.findings if finding["left_out"]})
         lines.append(f"{self.num_images:,} images, something found in {found:,}, left out {left_out:,}.")
@@ -138,7 +138,7 @@ def check_images(
             bar.set_postfix(found=len(findings), refresh=False)
     header = {
         "dataset": source.name,
-        "split": str(source.dataset.split),
+        "split": source.dataset.split and str(source.dataset.split),
         "streaming": source.streaming,
         "num_images": num_images,
         "fingerprint": f"{fingerprint:016x}",

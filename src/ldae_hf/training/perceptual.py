@@ -280,7 +280,8 @@ def train_label_features(
     steps_per_epoch = math.inf
     for epoch in range(epochs):
         images, correct, total_loss, step = 0, 0, 0.0, 0
-        for batch in progress_bar(loader_of_epoch(epoch), desc=f"label features {epoch + 1}/{epochs}", disable=not progress):
+        name = f"label features {epoch + 1}/{epochs}"
+        for batch in progress_bar(loader_of_epoch(epoch), desc=name, disable=not progress):
             if random_labels:
                 labels = torch.tensor([random_label(seed, int(i), num_classes) for i in batch["sample_ids"]])
             else:

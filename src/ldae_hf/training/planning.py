@@ -111,7 +111,7 @@ def plan_run(
         largest = [(f"--per-device-batch-size {size}", needed) for size, needed in smaller if needed <= room.value][:1]
         others = [(each.options, sum(parts.values())) for each, parts in layouts.items() if each != layout]
         remedies = dict(largest + [(way, needed) for way, needed in others if needed <= room.value])
-    again = forward if gradient_checkpointing else 0
+    flops = training + tokenizer + (forward if gradient_checkpointing else 0)
     return RunPlan(
         recipe=recipe,
         plan=plan,
@@ -127,7 +127,7 @@ def plan_run(
         room=room,
         remedies=remedies,
         checkpoint=checkpoint_bytes(parameters, ema),
-        images_per_second=image_rate(measured, device, mixed_precision, mfu, training + again + tokenizer),
+        images_per_second=image_rate(measured, device, mixed_precision, mfu, flops, training),
         worker_rate=worker_rate(measured, recipe.data["dataset"] if dataset is None else dataset),
         workers=workers,
         exchange=2 * (gpus - 1) / gpus * 4 * parameters.total,  # a ring: sums go round, then go round again
@@ -137,9 +137,14 @@ def plan_run(
 
 
 def image_rate(
-    measured: Measured | None, device: Device | None, mixed_precision: str, mfu: float | None, flops: float
+    measured: Measured | None,
+    device: Device | None,
+    mixed_precision: str,
+    mfu: float | None,
+    flops: float,
+    useful: float,
 ) -> Known:
-    """Images per second that a device computes, at `flops` each."""
+    """Images per second that a device computes, at `flops` each, of which MFU proper counts the `useful` ones."""
     if measured is not None:
         source = f"measured here, {measured.device}, {measured.micro_batches} forward and backward passes"
         return Known(measured.images_per_second, source)
@@ -147,7 +152,10 @@ def image_rate(
     if peak is None:
         raise ValueError(f"The device {device.name} has no units for bf16; give --mixed-precision no.")
     reached, said = (MFU, "assumed") if mfu is None else (mfu, "given")
-    return Known(reached * peak / flops, f"MFU {reached:.2f}, {said}, of {device.name}'s {peak / 1e12:,.0f} TFLOP/s")
+    source = f"MFU {reached:.2f}, {said}, of {device.name}'s {peak / 1e12:,.0f} TFLOP/s"
+    if flops > useful:
+        source += f"; {reached * useful / flops:.2f} without recomputation and tokenizer"
+    return Known(reached * peak / flops, source)
 
 
 def worker_rate(measured: Measured | None, dataset: str) -> Known | None:

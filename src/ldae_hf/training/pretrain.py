@@ -29,6 +29,7 @@ from .data import load_images, loading_options, train_loader
 from .fit_pca import fit_processor
 from .hardware import peak_flops
 from .loop import Gradient, Loop
+from .memory import attention_of
 from .metrics_log import MetricsLog
 from .optimization import ExponentialMovingAverage, Plan, adamw, update
 from .pictures import denoising_picture, watched_images
@@ -189,6 +190,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         image_column=options.image_column,
         label_column=options.label_column,
         perceptual_weights=options.perceptual_weights,
+        quarantine=options.quarantine,
         seed=seed,
         num_workers=options.num_workers,
         mixed_precision=options.mixed_precision,
@@ -200,7 +202,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         return None
     session.leave_if_asked()
     torch.manual_seed(seed)
-    model = AutoModelForPreTraining.from_config(config, attn_implementation=attention(options, accelerator))
+    attention = options.attn_implementation or attention_of(accelerator.device.type, options.mixed_precision)
+    model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
     model.to(accelerator.device, torch.get_default_dtype()).train()
     model.set_processor(processor)
     if learned is not None:
@@ -210,6 +213,9 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     if options.compile:
         model.compile()  # inside DDP: accumulation and activation checkpointing then compile as they do without it
     optimizer = adamw(model, recipe.train["betas"], recipe.train["weight_decay"])
+    if accelerator.is_fsdp2:
+        # Autocast as without sharding: FSDP's own policy would round pixels and noise to bf16 too.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     wrapped, _ = accelerator.prepare(model, optimizer)  # FSDP2 shards the parameters, in the optimizer too
     ema = None if plan.ema_decay is None else ExponentialMovingAverage(model, plan.ema_decay)
 
@@ -293,7 +299,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
             # Processes exchange gradients in the last part only.
             is_last = part == plan.accumulation - 1
             with nullcontext() if is_last else accelerator.no_sync(wrapped):
-                output = wrapped(**inputs)
+                with accelerator.autocast():
+                    output = wrapped(**inputs)
                 accelerator.backward(output.loss / plan.accumulation)
             loss = loss + output.loss.detach() / plan.accumulation
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
@@ -344,12 +351,6 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
     accelerator.print(f"encoder: {encoder}")
     return encoder
-
-
-def attention(options: SimpleNamespace, accelerator: Accelerator) -> str:
-    """The attention that is asked for, else the faster one."""
-    slow_backward = accelerator.device.type == "cpu" and options.mixed_precision == "bf16"
-    return options.attn_implementation or ("eager" if slow_backward else "sdpa")
 
 
 def check_labels(num_classes: int | None, source: ImageSource) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch.distributed import ReduceOp, all_reduce, new_group
 
 from .checkpointing import checkpoints
@@ -228,7 +228,7 @@ def make_accelerator(output_dir: Path, mixed_precision: str, report_to, determin
         deterministic: the same bits from the same machine, on a GPU too, where some kernels are slower then.
 
     Raises:
-        RunError: a tracker is not installed.
+        RunError: a tracker is not installed, or `accelerate config` asks for a way of training that this is not.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -239,8 +239,15 @@ def make_accelerator(output_dir: Path, mixed_precision: str, report_to, determin
         project_dir=output_dir,
         # Accumulation is ours: the one that `accelerate config` may have set would divide the loss once more.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else each gradient is there twice
+        ],
     )
+    kind = accelerator.distributed_type
+    sharded_otherwise = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    if sharded_otherwise or kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RunError(f"accelerate is configured for {kind.value}; use DDP, or FSDP with fsdp_version: 2.")
     if missing := {*report_to} - {"all", *map(str, accelerator.log_with)}:
         raise RunError(f"The tracker {', '.join(sorted(missing))} is not installed.")
     return accelerator

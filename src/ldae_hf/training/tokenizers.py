@@ -55,6 +55,7 @@ def train_tokenizer(
     label_column: str | None = None,
     processor: str | Path | None = None,
     perceptual_weights: str | Path | None = None,
+    quarantine: str | Path | None = None,
     seed: int = 0,
     per_device_batch_size: int | None = None,
     num_workers: int = 2,
@@ -101,6 +102,7 @@ def train_tokenizer(
             label_column=label_column,
             processor=processor,
             perceptual_weights=perceptual_weights,
+            quarantine=quarantine,
             seed=seed,
             per_device_batch_size=per_device_batch_size,
             num_workers=num_workers,
@@ -121,6 +123,7 @@ def train_with(
     label_column: str | None,
     processor: str | Path | None,
     perceptual_weights: str | Path | None,
+    quarantine: str | Path | None,
     seed: int,
     per_device_batch_size: int | None = None,
     num_workers: int = 2,
@@ -153,14 +156,14 @@ def train_with(
     if (folder / CONFIG_NAME).is_file():
         accelerator.print(f"this run is finished; tokenizer: {folder}")
         return folder
-    columns = dict(image_column=image_column, label_column=label_column)
+    told = dict(image_column=image_column, label_column=label_column, quarantine=quarantine)
     dataset = data["dataset"] if dataset is None else dataset
-    source = session.together(lambda: load_images(dataset, data["train_split"], **columns), at_once=True)
+    source = session.together(lambda: load_images(dataset, data["train_split"], **told), at_once=True)
     check_trainable(recipe, config, source, perceptual_weights)
     largest = max(1, 2**20 // config.image_size**2) if convolutional else 256  # activations at full resolution
     layout = accelerator.num_processes, per_device_batch_size
     plan = Plan.derive(recipe, len(source), *layout, section="tokenizer", largest=min(256, largest))
-    run |= {"num_images": plan.num_images}
+    run |= {"num_images": plan.num_images, "left_out": source.left_out}
     check_same_run(output_dir, run)
     session.own()
     session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(run, indent=2)))
