@@ -288,6 +288,21 @@ def test_an_error_in_the_thread_is_raised_by_the_next_wait_or_save_and_leaves_th
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.parametrize("where", ["model", "ema", "optimizer"])
+def test_what_is_not_finite_is_not_saved_and_takes_no_older_one_away(tmp_path, where):
+    model, optimizer, ema = trained = parts(0)
+    first = save(tmp_path, 1, trained, keep=1)
+    weight = model.decoder.head.weight
+    held = {"model": weight.data, "ema": ema.average["decoder.head.weight"]}
+    held["optimizer"] = optimizer.state[weight]["exp_avg"]
+    held[where][0, 0] = torch.nan
+    with pytest.raises(
+        CheckpointError, match=f"decoder.head.weight.* of .*{where}.safetensors is not finite after step 2"
+    ):
+        save(tmp_path, 2, trained, keep=1)
+    assert list(tmp_path.iterdir()) == [first]
+
+
 def test_the_next_save_clears_up_what_a_killed_process_left(tmp_path):
     (tmp_path / ".step-00000001.writing" / "training").mkdir(parents=True)
     (tmp_path / ".step-00000000.old").mkdir()

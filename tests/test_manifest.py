@@ -172,3 +172,10 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(written):
     os.mkfifo(written / "weights.bin")
     with pytest.raises(DamagedError, match="weights.bin is missing or damaged"):
         check_folder(written)
+
+
+def test_whoever_may_read_one_file_of_a_folder_may_read_all(tmp_path):
+    write_folder(tmp_path / "model", lambda path: save_file({"a": torch.ones(2)}, path / "a.safetensors"))
+    modes = {file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {(tmp_path / "plain").stat().st_mode}

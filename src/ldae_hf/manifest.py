@@ -64,6 +64,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(aside)
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         write_text(aside / MANIFEST, manifest_text({str(file.relative_to(aside)): sha256(file) for file in files}))
+        for file in files:
+            file.chmod((aside / MANIFEST).stat().st_mode)  # safetensors lets nobody else read its files
         for path in (*aside.rglob("*"), aside):
             flush(path)
     except BaseException as error:

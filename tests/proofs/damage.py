@@ -5,6 +5,7 @@ run saves costs nothing that had been saved, and with room again the same comman
 """
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForPreTraining
-from trials import SMALL, Run, differences, labelled_images, leftovers, lines, overrides, report
+from trials import SMALL, Run, differences, labelled_images, leftovers, overrides, report
 
 from ldae_hf.manifest import DamagedError, check_folder, read_manifest, sha256
 from ldae_hf.recipes import load_recipe
@@ -73,6 +74,8 @@ def finds(look_at: Callable[[], object], file: Path) -> bool:
         look_at()
     except DamagedError as error:
         return file.name in str(error)
+    except Exception:  # it was used
+        pass
     return False
 
 
@@ -125,7 +128,7 @@ def damaged_checkpoints(folder: Path, flips: int, truncations: int, failed: list
 
 
 def at(number: int, event: str, name: str, act: Callable[[], None]) -> Callable[[], None]:
-    """Calls `act` when the process opens or makes a file or folder of this name for the nth time."""
+    """Calls `act` when the process makes a folder of this name, or opens a file to append, for the nth time."""
 
     def prepare() -> None:
         left = number
@@ -133,8 +136,9 @@ def at(number: int, event: str, name: str, act: Callable[[], None]) -> Callable[
         def hook(happened: str, arguments: tuple) -> None:
             nonlocal left
             if happened == event and Path(str(arguments[0])).match(name):
-                left -= 1
+                left -= event != "open" or "a" in str(arguments[1])
                 if left == 0:
+                    left = -1
                     act()
 
         sys.addaudithook(hook)
@@ -266,13 +270,21 @@ def torn_lines(folder: Path, whole: Path, settings: dict, failed: list[str]) -> 
     run.finish()
     if found := differences(folder, whole):
         failed.append(f"after torn lines a run differs in {', '.join(found)}")
-    try:
-        starts = [line for line in lines(folder, "sessions.jsonl") if line["event"] == "start"]
-    except ValueError:
-        starts = []
+    starts = [line for line in readable(folder / "sessions.jsonl") if line["event"] == "start"]
     if len(starts) != 4:
         failed.append("a torn line of sessions.jsonl made the start after it unreadable")
     return torn
+
+
+def readable(file: Path) -> list[dict]:
+    """The lines that are not torn."""
+    found = []
+    for line in file.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            pass
+    return found
 
 
 def run(flips: int = 1000, truncations: int = 300, saves: int = 20) -> dict:

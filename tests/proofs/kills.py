@@ -119,6 +119,7 @@ def choose(draw: random.Random, run: Run) -> tuple[str, Callable[[], None]]:
     """A way to end that this start may come to, and its name."""
     saves = {
         SAVE: at_file_operation(draw.randint(1, 120), "/checkpoints", True),
+        f"{SAVE}, the old one's end": at_file_operation(draw.randint(1, 60), ".old", True),
         f"{SAVE}, by the clock": at_call(
             CheckpointWriter, "_write", draw.randint(1, 3), lambda: later(draw.uniform(0, 0.06))
         ),

@@ -97,7 +97,8 @@ class Proof:
 
     def train(self, name: str, layouts: list[Layout], float64: bool, **settings) -> Run:
         """A run that changes its layout half-way if there are two of them."""
-        settings = dict(tier="quickstart", overrides=overrides(CONDITIONED), checkpoint_every=25, watched=0) | settings
+        settings = dict(tier="quickstart", overrides=overrides(CONDITIONED), watched=0) | settings
+        settings |= dict(checkpoint_every=STEPS // 2, deterministic=True)  # four processes add up in the same order
         run = Run(self.folder / name, settings, prepare=use_float64 if float64 else lambda: None)
         self.runs.append(run)
         for number, layout in enumerate(layouts, start=1):

@@ -106,6 +106,7 @@ class Loop:
                     number = self.evaluate(step, evaluate)
                     stops = bool(stops or number)
                 if stops or step % checkpoint_every == 0:
+                    self.save(self.writer.wait)  # first: where that fails, no process may wait for another's shards
                     self.save(lambda step=step: save(step))
             self.save(self.writer.wait)
         finally:
@@ -158,7 +159,7 @@ class Loop:
         """Returns the number of the signal that broke the evaluation off, which then leaves no trace; else 0."""
         state = rng_tensors()
         try:
-            evaluate(step)
+            self.save(lambda: evaluate(step))
         except Interrupted as interrupted:
             load_rng(state)
             return interrupted.number
@@ -168,7 +169,7 @@ class Loop:
         """Calls `write` in all processes.
 
         Raises:
-            RunError: there is no room for what it writes, or it cannot be written for another reason.
+            RunError: there is no room for what it writes, or it fails for another reason outside of this program.
         """
         try:
             self.session.together(write)
@@ -176,8 +177,8 @@ class Loop:
             raise RunError(f"{error}; {self.what_is_intact()}.") from error
         except OSError as error:
             raise RunError(
-                f"Step {self.session.step} could not be saved: {error.strerror or error}. {self.what_is_intact()}; "
-                "make room, and run the same command again to go on from there."
+                f"At step {self.session.step} something could not be read or written: {error}; "
+                f"{self.what_is_intact()}. If the disk is full, make room, and run the same command again."
             ) from error
 
     def what_is_intact(self) -> str:

@@ -27,7 +27,7 @@ class MetricsLog:
         self.file, self.bad_file = folder / "metrics.jsonl", folder / "bad_images.jsonl"
         self.total_images, self.total_seconds = 0, 0.0
         lines, bad = read_lines(self.file), read_lines(self.bad_file)
-        self.seen_bad = {row["index"] for row in bad}
+        self.seen_bad, self.new_bad = {row["index"] for row in bad}, []
         lines = [line for line in lines if line["step"] <= resume_at]
         # What a step has computed says how fast it was; what an evaluation says has a line of its own.
         self.evaluated = {line["step"] for line in lines if "images_per_second" not in line}
@@ -71,7 +71,7 @@ class MetricsLog:
         for row in gather_object(self.bad):
             if row["index"] not in self.seen_bad:
                 self.seen_bad.add(row["index"])
-                self._append(self.bad_file, row)
+                self.new_bad.append(row)
         line = {
             "step": step,
             **facts,
@@ -86,6 +86,9 @@ class MetricsLog:
 
     def write(self, line: dict) -> None:
         """Appends a line, and hands its numbers to the trackers."""
+        for row in self.new_bad:
+            self._append(self.bad_file, row)
+        self.new_bad.clear()
         self._append(self.file, line)
         self.accelerator.log({key: value for key, value in line.items() if key not in ("step", "time")}, line["step"])
 

@@ -171,8 +171,10 @@ class Session:
         """Appends a line to `sessions.jsonl`; a full disk does not hide what is being noted."""
         if self.accelerator.is_main_process:
             try:
-                with open(self.folder / "sessions.jsonl", "a") as stream:
-                    stream.write(json.dumps(event) + "\n")
+                with open(self.folder / "sessions.jsonl", "a+b") as stream:
+                    stream.seek(max(0, stream.tell() - 1))
+                    torn = stream.read() not in (b"", b"\n")  # by a full disk: it stays a line of its own
+                    stream.write((torn * "\n" + json.dumps(event) + "\n").encode())
             except OSError as error:
                 self.accelerator.print(f"sessions.jsonl: {error}")
 
