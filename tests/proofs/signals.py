@@ -241,7 +241,7 @@ class Proof:
         run.finish()
         for what in ("step", "batch"):
             done, expected = (self.count(what, of) for of in (run, reference))
-            assert done == expected, f"{done} of {expected} {what}s were done in two starts"
+            assert done == expected, f"{what}: {done} were done in two starts, not {expected}"
         for found in differences(reference.folder, run.folder):
             self.failed.append(f"{number} {case.name}: differs in {found}")
         for found in leftovers(run.folder):

@@ -171,11 +171,11 @@ class Start:
     def join(self) -> list[int]:
         """Exit codes, by rank; minus the number of the signal that ended a process."""
         deadline = time.monotonic() + PATIENCE
-        for process in self.processes:
-            process.join(max(0, deadline - time.monotonic()))
-        if any(process.is_alive() for process in self.processes):
-            self.kill()
-            raise TimeoutError(f"a run has not ended after {PATIENCE} seconds:\n{self.end_of_output()}")
+        while any(process.is_alive() for process in self.processes):  # `Process.join` would wait for the workers too
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"a run has not ended after {PATIENCE} seconds:\n{self.end_of_output()}")
+            time.sleep(0.005)
         self.run.groups.append((self.group, time.monotonic()))
         return [process.exitcode for process in self.processes]
 
