@@ -123,7 +123,8 @@ class Proof:
     def compare(self, name: str, reference: Run, run: Run, layouts: list[Layout], limit: float) -> None:
         if self.order(run, layouts) != self.order(reference, [LAYOUTS[0]]):
             self.failed.append(f"{name}: other samples, timesteps, noise, crops or labels, or in another order")
-        self.samples += STEPS * BATCH
+        else:
+            self.samples += STEPS * BATCH
         ours, theirs = (
             {line["step"]: line["loss"] for line in lines(one.folder) if "loss" in line} for one in (run, reference)
         )

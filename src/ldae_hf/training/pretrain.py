@@ -199,6 +199,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     )
     learned = tokenizer_for_run(output_dir, options.tokenizer, recipe, config, processor, session, training)
     if learned is None and config.tokenizer in LEARNED_TOKENIZERS:  # the time is over
+        session.stopped_by_limit = True
         return None
     session.leave_if_asked()
     torch.manual_seed(seed)
