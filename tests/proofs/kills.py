@@ -140,7 +140,7 @@ def choose(draw: random.Random, run: Run) -> tuple[str, Callable[[], None]]:
         "the processor": at_file_operation(draw.randint(1, 14), "/.processor"),
     }
     ended = {"the encoder": at_file_operation(draw.randint(1, 40), "/.encoder")}
-    ways = saves if draw.random() < 0.5 else others
+    ways = saves if draw.random() < 0.65 else others
     if not (run.folder / "processor").is_dir() and draw.random() < 0.25:
         ways = begun
     if run.step >= STEPS - 3 and draw.random() < 0.6:

@@ -54,7 +54,9 @@ def pause(seconds: float) -> None:
 # ---- where it comes: preparations of the start that is asked to end
 
 
-def at(owner: object, name: str, number: int = 1, seconds: float = 0.3) -> Callable[[], None]:
+def at(
+    owner: object, name: str, number: int = 1, seconds: float = 0.3, act: Callable[[float], None] = pause
+) -> Callable[[], None]:
     """At the number-th call of a function."""
 
     def prepare() -> None:
@@ -64,7 +66,7 @@ def at(owner: object, name: str, number: int = 1, seconds: float = 0.3) -> Calla
             nonlocal calls
             calls += 1
             if calls == number:
-                pause(seconds)
+                act(seconds)
 
         before(owner, name, count)
 
@@ -74,6 +76,19 @@ def at(owner: object, name: str, number: int = 1, seconds: float = 0.3) -> Calla
 def at_step(number: int, seconds: float = 0.3) -> Callable[[], None]:
     """When the gradient of the number-th step is there."""
     return at(torch.nn.utils, "get_total_norm", number, seconds)
+
+
+def at_step_unread(number: int) -> Callable[[], None]:
+    """As `at_step`, and whoever read the output has ended, as `| tee log` does on Ctrl-C."""
+
+    def prepare() -> None:
+        reads, writes = os.pipe()
+        for descriptor in (1, 2):
+            os.dup2(writes, descriptor)
+        at_step(number)()
+        at(torch.nn.utils, "get_total_norm", number, act=lambda _: os.close(reads))()
+
+    return prepare
 
 
 def at_batch_of_the_pca(number: int) -> Callable[[], None]:
@@ -139,6 +154,7 @@ def cases() -> list[Case]:
         Case("a step", at_step(8), rank=None, workers=2),
         Case("a step", at_step(7), "SIGINT", rank=None, workers=2),
         Case("a step, twice", at_step(10), "SIGINT", rank=None, workers=2, again=True),
+        Case("a step, output unread", at_step_unread(4), "SIGINT", rank=None),
         Case("the update", at(module("pretrain"), "update", 6), rank=None),
         Case("a checkpoint's copy", at(CheckpointWriter, "_copy", 5)),
         Case("a checkpoint's writing", at(CheckpointWriter, "_write", 2, seconds=1)),
@@ -147,7 +163,7 @@ def cases() -> list[Case]:
         Case("evaluation, first batch", in_evaluation(1), breaks=True),
         Case("evaluation, middle", in_evaluation(11), "SIGINT", rank=None, breaks=True),
         Case("evaluation, of the last step", in_evaluation(4 * 7 + 3), rank=None, workers=2, breaks=True),
-        Case("evaluation's lines", at(MetricsLog, "write_evaluation", 2)),
+        Case("evaluation's lines", at(MetricsLog, "_append", 5)),
         Case("painting", at(module("pretrain"), "denoising_picture", 2, seconds=LONG), breaks=True),
         Case("last step", at_step(STEPS)),
         Case("last update", at(module("pretrain"), "update", STEPS), "SIGINT", rank=None, workers=2),
@@ -156,7 +172,7 @@ def cases() -> list[Case]:
         Case("perceptual network", at(LabelFeatures, "logits", 3, LONG), kind="learned", breaks=True),
         Case("tokenizer, a step", at(module("tokenizers"), "update", 4), kind="learned", rank=None, workers=2),
         Case("tokenizer, adversarial", at(module("tokenizers"), "hinge_loss", 3), "SIGINT", kind="learned"),
-        Case("tokenizer, picture", at(module("tokenizers"), "paint", 2), kind="learned"),
+        Case("tokenizer, picture", at(module("tokenizers"), "mosaic", 2), kind="learned"),
         Case("tokenizer, variance", at(module("tokenizers"), "latent_variance"), kind="learned"),
         Case("token cache", at(module("token_cache"), "eval_loader", 2, LONG), kind="learned", breaks=True),
         Case("step on cached tokens", at_step(9 + 4), "SIGUSR1", kind="learned"),

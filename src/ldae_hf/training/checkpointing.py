@@ -79,6 +79,12 @@ def set_aside(folder: Path, newest: Path | None) -> None:
         checkpoint.rename(target)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Of a process that was killed while it wrote a checkpoint or removed one."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
 # ---- writing
 
 
@@ -173,8 +179,7 @@ class CheckpointWriter:
 
 def write_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
     """Makes `folder/step-<step>` by calling `write` and then removes all but the newest `keep`."""
-    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote or removed
-        shutil.rmtree(leftover)
+    clear_leftovers(folder)
     target = folder / f"step-{step:08d}"
     write_folder(target, write)
     for old in checkpoints(folder)[:-keep]:
@@ -323,7 +328,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
 
 def rng_tensors() -> Tensors:
-    """The states of torch's generators. The loop draws nothing from them, but an evaluation may."""
+    """The states of torch's generators, from which nothing of ours draws while it trains."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {"torch": torch.get_rng_state()} | cuda
 

@@ -211,4 +211,5 @@ def _one_pass(source, make, batch_size, num_workers, rank=0, world_size=1, start
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=shield_from_signals,
+        generator=torch.Generator(),  # else each start draws a seed from the generator that a run saves and resumes
     )

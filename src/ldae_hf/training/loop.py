@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..progress import progress_bar
-from .checkpointing import CheckpointError, CheckpointWriter, checkpoints, load_rng, rng_tensors
+from .checkpointing import CheckpointError, CheckpointWriter, checkpoints
 from .metrics_log import MetricsLog
 from .optimization import Plan
 from .session import Interrupted, RunError, Session
@@ -156,12 +156,10 @@ class Loop:
         return shown | dict(lr=f"{learning_rate:.1e}")
 
     def evaluate(self, step: int, evaluate: Callable[[int], None]) -> int:
-        """Returns the number of the signal that broke the evaluation off, which then leaves no trace; else 0."""
-        state = rng_tensors()
+        """Returns the number of the signal that broke the evaluation off, else 0."""
         try:
             self.save(lambda: evaluate(step))
         except Interrupted as interrupted:
-            load_rng(state)
             return interrupted.number
         return 0
 

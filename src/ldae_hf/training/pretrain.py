@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import AutoModelForPreTraining
 
-from ..configuration_ldae import LEARNED_TOKENIZERS
+from ..configuration_ldae import LEARNED_TOKENIZERS, LDAEConfig
 from ..image_processing_ldae import LDAEImageProcessor
 from ..manifest import MANIFEST, write_text
 from ..modeling_ldae import LDAEForPreTraining
@@ -26,6 +26,7 @@ from ..recipes import load_recipe
 from .checkpointing import CheckpointWriter, load_checkpoint, save_checkpoint
 from .costs import training_flops_per_image
 from .data import load_images, loading_options, train_loader
+from .data_parallel import settle_buckets
 from .fit_pca import fit_processor
 from .hardware import peak_flops
 from .loop import Gradient, Loop
@@ -255,6 +256,9 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     if options.watched and accelerator.is_main_process:
         watched = watched_images(source, config.image_size, options.watched)
     batches, sample_ids = iter(loader), []  # the latter of one step
+    settle_buckets(
+        wrapped, lambda: wrapped(**blank_inputs(config, plan.per_device_batch_size, input_names, model)).loss
+    )
 
     def add_what_belongs_to_it(path: Path, step: int) -> None:
         processor.save_pretrained(path)
@@ -269,7 +273,9 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
             session.on_main(lambda: look_at(shown, step))
 
     def look_at(shown: LDAEForPreTraining, step: int) -> None:
-        with session.signals.breaking_off():
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), session.signals.breaking_off():
+            torch.manual_seed(seed + step)  # what it draws is a function of these, whatever has been evaluated before
             if watched is not None:
                 (output_dir / "pictures").mkdir(exist_ok=True)
                 denoising_picture(shown, processor, watched).save(output_dir / "pictures" / f"step-{step:08d}.png")
@@ -352,6 +358,18 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
     accelerator.print(f"encoder: {encoder}")
     return encoder
+
+
+def blank_inputs(config: LDAEConfig, batch_size: int, names: list[str], model: LDAEForPreTraining) -> dict:
+    """A batch of zeros."""
+    latents = (batch_size, config.num_patches, config.latent_dim)
+    pixels = (batch_size, config.num_channels, config.image_size, config.image_size)
+    shapes = {"pixel_values": pixels, "tokens": latents, "noise": latents}
+    kinds = {"timesteps": torch.int64, "labels": torch.int64, "dropped_labels": torch.bool}
+    return {
+        name: torch.zeros(shapes.get(name, batch_size), dtype=kinds.get(name, torch.float32), device=model.device)
+        for name in names
+    }
 
 
 def check_labels(num_classes: int | None, source: ImageSource) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from .checkpointing import newest_intact, set_aside
+from .checkpointing import clear_leftovers, newest_intact, set_aside
 from .session import RunError, Session
 
 
@@ -55,6 +55,7 @@ def newest_checkpoint(folder: Path, session: Session) -> Path | None:
         for problem in problems:
             print(f"warning: {problem} It is set aside; going on from {found}.")
         set_aside(folder, found)
+        clear_leftovers(folder)
         newest.extend([found] if found else [])
 
     session.on_main(look)

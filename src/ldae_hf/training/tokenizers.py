@@ -29,6 +29,7 @@ from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_laye
 from .autoencoders import ConvolutionalTraining, PatchAutoencoderTraining
 from .checkpointing import CheckpointWriter, load_parts, save_parts
 from .data import ImageSource, crop_loader, load_images, loading_options, train_loader
+from .data_parallel import settle_buckets
 from .fit_pca import fit_processor
 from .loop import Gradient, Loop
 from .metrics_log import MetricsLog
@@ -218,6 +219,13 @@ def train_with(
     wrapped = accelerator.prepare(module)
     judge = None if discriminator is None else accelerator.prepare(discriminator)
     writer = CheckpointWriter(output_dir / "checkpoints", keep_checkpoints, accelerator.is_main_process)
+    blank = torch.zeros(
+        plan.per_device_batch_size, config.num_channels, *[config.image_size] * 2, device=accelerator.device
+    )
+    no_noise = torch.zeros(len(blank), config.num_patches, config.latent_dim, device=accelerator.device)
+    settle_buckets(wrapped, lambda: sum(wrapped(blank, no_noise)[0].values()))
+    if judge is not None:
+        settle_buckets(judge, lambda: judge(torch.cat([blank, blank])).sum())
     batches = iter(loader)
     pairs = []  # of a step: originals and reconstructions, for the discriminator
 
