@@ -75,19 +75,27 @@ def spoil_the_image(factor: float) -> Callable[[], None]:
     return prepare
 
 
-def is_chosen() -> bool:
-    """Whether this is the process that has the fault: the last one."""
-    return os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+class Moment:
+    """True in the step that fails, in the process that has the fault: the last one."""
+
+    def __init__(self):
+        self.done = 0
+        self.is_here = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+        before(module("metrics_log").MetricsLog, "add", self.count)
+
+    def count(self) -> None:
+        self.done += 1
+
+    def __bool__(self) -> bool:
+        return self.is_here and self.done == STEP - 1
 
 
 def spoil_the_loss() -> None:
-    forward, calls = LDAEForPreTraining.forward, 0
+    forward, now = LDAEForPreTraining.forward, Moment()
 
     def spoilt(self, *arguments, **options):
-        nonlocal calls
         output = forward(self, *arguments, **options)
-        calls += self.training
-        if calls == STEP and is_chosen():
+        if now:
             output.loss = output.loss * float("nan")
         return output
 
@@ -95,13 +103,10 @@ def spoil_the_loss() -> None:
 
 
 def spoil_the_gradient() -> None:
-    adamw = module("pretrain").adamw
-    calls = 0
+    adamw, now = module("pretrain").adamw, Moment()
 
     def spoilt(gradient: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return gradient * float("inf") if calls == STEP and is_chosen() else gradient
+        return gradient * float("inf") if now else gradient
 
     def hooked(model, *arguments):
         model.decoder.head.weight.register_hook(spoilt)

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.distributed import ReduceOp, all_reduce, new_group
 
 from .checkpointing import checkpoints
 from .circumstances import circumstances
+from .output import unminding_output
 
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
@@ -69,7 +70,8 @@ class Signals:
         if not self.number:
             self.number, self.came = number, time.monotonic()
             # Not `print`, which the signal may have interrupted.
-            os.write(2, f"\n{signal.Signals(number).name}: the run stops as soon as all is saved\n".encode())
+            with suppress(OSError):  # as when whoever read it got the signal too
+                os.write(2, f"\n{signal.Signals(number).name}: the run stops as soon as all is saved\n".encode())
         if self.breakable:
             self.breakable = False
             raise Interrupted(self.number)
@@ -110,14 +112,14 @@ class Session:
         self._lock, self._begun = None, False
 
     def __enter__(self) -> "Session":
-        self._handlers = {}
+        self._within = ExitStack()
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self.signals) for number in SIGNALS}
+            for number in SIGNALS:
+                self._within.callback(signal.signal, number, signal.signal(number, self.signals))
+        self._within.enter_context(unminding_output())
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         if self._begun:
             ended = "limit" if self.stopped_by_limit else "finished"
             reason = ended if error is None else getattr(error, "signal", "error")
@@ -131,6 +133,7 @@ class Session:
         self.accelerator.free_memory()
         if self._is_outermost and (error is None or isinstance(error, Interrupted)):
             self.accelerator.end_training()  # after another error other processes may not be there to end it with
+        self._within.close()  # last: a launcher may send its signal once more
 
     # ---- the run's folder
 
