@@ -13,7 +13,7 @@ space := $(empty) $(empty)
 export PIP_CONSTRAINT := file://$(subst $(space),%20,$(CURDIR))/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: help install quickstart test test-slow lint bench clean
+.PHONY: help install quickstart test test-slow proofs proofs-long lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what each target does.
@@ -36,6 +36,12 @@ test: $(STAMP) ## Run the tests that take seconds; those that read data sets nee
 
 test-slow: $(STAMP) ## Run the tests that take minutes.
 	$(RUN) -m pytest -q -m slow
+
+proofs: $(STAMP) ## Kill, signal, damage and starve small runs, and print what was lost: about 10 minutes.
+	$(RUN) tests/proofs
+
+proofs-long: $(STAMP) ## The same with larger numbers, and a run on CIFAR-10 if LDAE_DATA is set: about 30 minutes.
+	$(RUN) tests/proofs --long
 
 lint: $(STAMP) ## Check the code with ruff.
 	$(RUN) -m ruff check .

@@ -48,6 +48,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def at_file_operation(number: int, part: str, in_writer: bool | None = None) -> Callable[[], None]:
     """At the number-th operation on a path that has `part` in it, by the main thread, by the writer's, or by either."""
 
@@ -97,54 +101,55 @@ def at_call(owner: object, name: str, number: int, act: Callable[[], None] = die
     return prepare
 
 
-def at_batch_of_the_pca(number: int) -> Callable[[], None]:
-    def prepare() -> None:
-        crop_loader = module("fit_pca").crop_loader
-
-        def crops(*arguments, **options):
-            for batch, found in enumerate(crop_loader(*arguments, **options), start=1):
-                if batch == number:
-                    die()
-                yield found
-
-        module("fit_pca").crop_loader = crops
-
-    return prepare
+def at_batch_of_the_pca(number: int, act: Callable[[], None] = die) -> Callable[[], None]:
+    return at_call(module("fit_pca").PatchCovariance, "update", number, act)
 
 
-SAVE, SIGNAL = "a save", "a signal in an evaluation"
+def at_both(*ways: Callable[[], None]) -> Callable[[], None]:
+    """In either way, whichever comes first."""
+    return lambda: [prepare() for prepare in ways] and None
 
 
-def choose(draw: random.Random, run: Run) -> tuple[str, Callable[[], None]]:
-    """A way to end that this start may come to, and its name."""
+SAVE, SIGNAL = "a save", "a signal"
+
+
+def choose(draw: random.Random, run: Run, previous: str) -> tuple[str, Callable[[], None]]:
+    """A way to end that this start may come to, and its name; `previous` is that of the start before it.
+
+    A signal is no kill: what it broke off is made up for by a start that may be killed.
+    """
+    log, here = module("metrics_log").MetricsLog, sys.modules[__name__]
     saves = {
         SAVE: at_file_operation(draw.randint(1, 120), "/checkpoints", True),
         f"{SAVE}, the old one's end": at_file_operation(draw.randint(1, 60), ".old", True),
         f"{SAVE}, by the clock": at_call(
-            CheckpointWriter, "_write", draw.randint(1, 3), lambda: later(draw.uniform(0, 0.06))
+            CheckpointWriter, "_write", draw.randint(1, 3), lambda: later(draw.random() / 16)
         ),
     }
     others = {
         "a file": at_file_operation(draw.randint(1, 150), str(run.folder)),
         "a file, main thread": at_file_operation(draw.randint(5, 60), str(run.folder), False),
         "the clock": lambda: later(draw.uniform(0.1, 2.5)),
-        "an evaluation": at_call(sys.modules[__name__], "inside", draw.randint(1, 3)),
-        "an evaluation's lines": at_call(module("metrics_log").MetricsLog, "_append", draw.randint(1, 15)),
-        # Exit code 75 and no kill; the evaluation is then made up for by a start that may be killed.
-        SIGNAL: at_call(
-            sys.modules[__name__], "inside", draw.randint(1, 3), lambda: os.kill(os.getpid(), signal.SIGTERM)
-        ),
+        "an evaluation": at_call(here, "inside", draw.randint(1, 3)),
+        "an evaluation's lines": at_call(log, "_append", draw.randint(1, 15)),
     }
-    begun = {
-        "the PCA": at_batch_of_the_pca(draw.randint(1, 6)),
-        "the processor": at_file_operation(draw.randint(1, 14), "/.processor"),
-    }
-    ended = {"the encoder": at_file_operation(draw.randint(1, 40), "/.encoder")}
-    ways = saves if draw.random() < 0.65 else others
-    if not (run.folder / "processor").is_dir() and draw.random() < 0.25:
-        ways = begun
+    signals = {f"{SIGNAL} in an evaluation": at_call(here, "inside", draw.randint(1, 3), terminate)}
+    [ways] = draw.choices([saves, others, signals], [5, 2, 2])
+    if not (run.folder / "processor").is_dir() and draw.random() < 0.4:
+        ways = {
+            "the PCA": at_batch_of_the_pca(draw.randint(1, 6)),
+            "the processor": at_file_operation(draw.randint(1, 14), "/.processor"),
+            f"{SIGNAL} in the PCA": at_both(
+                at_batch_of_the_pca(draw.randint(1, 6), terminate), at_file_operation(draw.randint(1, 20), ".partial")
+            ),
+        }
+    if previous.startswith(SIGNAL):
+        number = draw.randint(1, 3)
+        ways = {
+            "what was broken off": at_both(at_call(log, "_append", number), at_file_operation(2 * number, ".partial"))
+        }
     if run.step >= STEPS - 3 and draw.random() < 0.6:
-        ways = ended
+        ways = {"the encoder": at_file_operation(draw.randint(1, 40), "/.encoder")}
     name = draw.choice(list(ways))
     return name, ways[name]
 
@@ -180,14 +185,14 @@ def run(count: int = 50, seed: int = 0) -> dict:
         while kills < count:
             life = Run(folder / f"life-{len(lives):03d}", settings, prepare=small_batches_for_the_pca)
             lives.append(life)
-            saved = 0
+            saved, name = 0, ""
             while True:
                 workers = draw.choice([0, 0, 2])
-                name, prepare = choose(draw, life) if kills < count else ("none", lambda: None)
+                name, prepare = choose(draw, life, name) if kills < count else ("none", lambda: None)
                 start = life.start(prepare, num_workers=workers)
                 what = f"{life.folder.name}, start {life.starts} ({name}, {workers} workers)"
                 try:
-                    code = start.expect(0, -signal.SIGKILL, *[EXIT_CODE] * (name == SIGNAL))
+                    code = start.expect(0, -signal.SIGKILL, *[EXIT_CODE] * name.startswith(SIGNAL))
                 except (AssertionError, TimeoutError) as error:
                     failed.append(f"{what}: {error}")
                     return figures(locals())
@@ -240,7 +245,7 @@ def main() -> int:
     line = (
         "kills: {kills} SIGKILLs in {lives} runs, {in_save} of them aimed at a save ({half_written} left a checkpoint "
         "half written, {by_writer} came at a file operation of the writer's thread); {resumed} starts went on from a "
-        "checkpoint, {signals} ended by a signal in an evaluation. {kinds}"
+        "checkpoint, {signals} were ended by a signal. {kinds}"
     )
     return report(line, found, began)
 

@@ -258,7 +258,8 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def leftovers(folder: Path) -> list[str]:
     """What half-done work has left in a run's folder."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith("."))
+    found = (path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".partial"))
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def report(line: str, figures: dict, began: float) -> int:

@@ -50,17 +50,18 @@ def fit_processor(
     chosen = None if given is None else given_processor(Path(given), config)
     already_there = (folder / "preprocessor_config.json").is_file()
     session.accelerator.wait_for_everyone()  # all have looked before the first one writes
+    partial = folder.with_name(f"{folder.name}.partial")
     if already_there:
+        session.on_main(lambda: remove(partial))
         processor = LDAEImageProcessor.from_pretrained(folder)
         if chosen is not None and chosen.fingerprint != processor.fingerprint:
             raise ValueError(f"The run began with the processor in {folder}, not the one in {given}; leave that out.")
         return processor
-    partial = folder.with_name(f"{folder.name}.partial")
     processor = chosen or fit(config, source, recipe, session, loading, partial)
 
     def keep() -> None:
         write_folder(folder, processor.save_pretrained)
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
 
     session.on_main(keep)
     return LDAEImageProcessor.from_pretrained(folder)
@@ -133,6 +134,12 @@ def fit(
     else:
         accumulate()
     return processor.set_basis(PatchCovariance.from_state_dict(sums()))
+
+
+def remove(partial: Path) -> None:
+    """The sums, and what a killed process may have left half-written of them."""
+    for path in partial.parent.glob(f"*{partial.name}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def keep_partial(folder: Path, images_done: int, sums: dict[str, torch.Tensor], on_main: Callable) -> None:

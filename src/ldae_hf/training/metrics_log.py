@@ -86,30 +86,35 @@ class MetricsLog:
 
     def write(self, line: dict) -> None:
         """Appends a line, and hands its numbers to the trackers."""
-        for row in self.new_bad:
-            self._append(self.bad_file, row)
-        self.new_bad.clear()
-        self._append(self.file, line)
-        self.accelerator.log({key: value for key, value in line.items() if key not in ("step", "time")}, line["step"])
+        self._append(self.bad_file, self.new_bad)
+        self.new_bad = []
+        self._append(self.file, [line])
+        self._track(line)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the log has a line of an evaluation at this step."""
         return step in self.evaluated
 
-    def write_evaluation(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers of an evaluation, as a line of their own. The main process calls it."""
+    def write_evaluations(self, step: int, found: list[dict[str, float]]) -> None:
+        """The numbers of a step's evaluations, a line for each, all of them or none. The main process calls it."""
         self.evaluated.add(step)
-        self.write({"step": step, **numbers, "time": time.time()})
-        tqdm.write(f"step {step:,}: " + " · ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        lines = [{"step": step, **numbers, "time": time.time()} for numbers in found]
+        self._append(self.file, lines)
+        for line, numbers in zip(lines, found, strict=True):
+            self._track(line)
+            tqdm.write(f"step {step:,}: " + " · ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
 
     def images_per_second(self) -> float | None:
         """Mean over this session's steps, None if there were none."""
         return self.total_images / self.total_seconds if self.total_seconds else None
 
-    def _append(self, file: Path, line: dict) -> None:
-        if self.accelerator.is_main_process:
-            with open(file, "a") as stream:
-                stream.write(json.dumps(line) + "\n")
+    def _track(self, line: dict) -> None:
+        self.accelerator.log({key: value for key, value in line.items() if key not in ("step", "time")}, line["step"])
+
+    def _append(self, file: Path, lines: list[dict]) -> None:
+        if lines and self.accelerator.is_main_process:
+            with open(file, "a") as stream:  # in one piece, between whose lines no kill can come
+                stream.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_lines(file: Path) -> list[dict]:

@@ -280,8 +280,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
                 (output_dir / "pictures").mkdir(exist_ok=True)
                 denoising_picture(shown, processor, watched).save(output_dir / "pictures" / f"step-{step:08d}.png")
             found = [evaluation(shown, processor) for evaluation in options.evaluations]
-        for numbers in found:
-            log.write_evaluation(step, numbers)
+        if found:
+            log.write_evaluations(step, found)
 
     def save(step: int) -> None:
         images_seen = step * plan.global_batch_size

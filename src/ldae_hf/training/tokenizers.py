@@ -295,7 +295,7 @@ def train_with(
         pictures.mkdir(exist_ok=True)
         rows = [("original", pixels), ("restored", reconstruction)]
         mosaic(rows, processor).save(pictures / f"step-{step:08d}.png")
-        log.write_evaluation(step, {"watched_squared_error": error})
+        log.write_evaluations(step, [{"watched_squared_error": error}])
 
     loop = Loop(
         name=f"{recipe.name} tokenizer",
