@@ -44,6 +44,8 @@ from .token_cache import cache_tokens, check_cacheable
 from .tokenizers import check_given, check_trainable, tokenizer_for_run
 
 
+PICTURES = 100  # of a run: those of 1,600 epochs would take gigabytes
+
 # Called with the unwrapped model (in eval mode, with the EMA's weights if there is one) and the processor; returns
 # numbers for the log.
 Evaluation = Callable[[LDAEForPreTraining, LDAEImageProcessor], dict[str, float]]
@@ -118,7 +120,7 @@ def pretrain(
         log_every: steps between lines of `metrics.jsonl`.
         evaluations: callables, each with the model and the processor, that return numbers for the log.
         evaluate_every: steps between evaluations, default an epoch.
-        watched: images of which a picture is painted at every evaluation; 0 for none.
+        watched: images of which a picture is painted at evaluations, a hundred times in a run at most; 0 for none.
         report_to: accelerate's trackers beside the log, for example `"tensorboard"`.
         max_steps, max_minutes: stop early, with a checkpoint; the same command goes on from there.
 
@@ -252,6 +254,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     if step:
         accelerator.print(f"resuming at step {step:,} from {found}")
     writer = CheckpointWriter(output_dir / "checkpoints", options.keep_checkpoints, accelerator.is_main_process)
+    evaluate_every = options.evaluate_every or plan.steps_per_epoch
+    paint_every = evaluate_every * -(-plan.total_steps // (evaluate_every * PICTURES))
     watched = None
     if options.watched and accelerator.is_main_process:
         watched = watched_images(source, config.image_size, options.watched)
@@ -276,7 +280,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), session.signals.breaking_off():
             torch.manual_seed(seed + step)  # what it draws is a function of these, whatever has been evaluated before
-            if watched is not None:
+            if watched is not None and (step % paint_every == 0 or step == plan.total_steps):
                 (output_dir / "pictures").mkdir(exist_ok=True)
                 denoising_picture(shown, processor, watched).save(output_dir / "pictures" / f"step-{step:08d}.png")
             found = [evaluation(shown, processor) for evaluation in options.evaluations]
@@ -338,7 +342,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         log=log,
         log_every=options.log_every,
         checkpoint_every=options.checkpoint_every,
-        evaluate_every=options.evaluate_every,
+        evaluate_every=evaluate_every,
         max_steps=options.max_steps,
         max_minutes=options.max_minutes,
         started=started,
