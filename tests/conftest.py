@@ -29,7 +29,16 @@ def ldae_data() -> Path:
     return folder
 
 
-FORKING = ("test_workers.py", "test_session.py", "test_pretrain.py", "test_sharding.py", "test_planning.py", "test_verify.py", "test_tokenizer_training.py", "test_every_recipe.py")
+FORKING = (
+    "test_workers.py",
+    "test_session.py",
+    "test_pretrain.py",
+    "test_sharding.py",
+    "test_planning.py",
+    "test_verify.py",
+    "test_tokenizer_training.py",
+    "test_every_recipe.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -62,7 +62,7 @@ def sent_at(step: int, number: int, folder: Path, rank: int = 0):
 # ---- signals
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_while_evaluating_breaks_it_off_and_the_next_start_makes_up_for_it(images, evaluated, tmp_path, name):
     def slow(model, processor):
         drawn(model, processor)

@@ -34,7 +34,7 @@ def loader_with_one_worker():
     return iterator, iterator._workers[0].pid
 
 
-@pytest.mark.parametrize("name", ["TERM", "INT", "USR1"])
+@pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "HUP"])
 def test_a_worker_outlives_a_signal_from_another_process_than_its_parent(name):
     def run():
         iterator, worker = loader_with_one_worker()

@@ -24,6 +24,8 @@ from ldae_hf.manifest import read_manifest
 from ldae_hf.training import checkpoints, pretrain
 
 
+datasets.disable_progress_bars()  # between the lines of figures
+
 PATIENCE = 300  # seconds; a run takes a few
 IMAGES = 26  # three global batches of 8 an epoch, and two images that are left out
 SMALL = {

@@ -73,6 +73,7 @@ class Loop:
         plan, session = self.plan, self.session
         last_step = plan.total_steps if self.max_steps is None else min(self.max_steps, plan.total_steps)
         checkpoint_every = self.checkpoint_every or plan.steps_per_epoch
+        session.stopped_by_limit = last_step <= step < plan.total_steps
         number = 0  # of the signal that ends the run
         if evaluate is not None and self.is_evaluated_at(step) and not self.log.has_evaluation(step):
             number = self.evaluate(step, evaluate)  # which a signal broke off, or came before

@@ -132,7 +132,7 @@ def pretrain(
             written, or the loss is not finite.
         DamagedError: all checkpoints are damaged.
         ValueError: from the recipe, the data, the processor or the plan.
-        Interrupted: by SIGTERM, SIGINT or SIGUSR1, with all that had been done saved; as a SystemExit with code 75.
+        Interrupted: by SIGTERM, SIGINT, SIGUSR1 or SIGHUP, with all that had been done saved; a SystemExit of code 75.
     """
     options = SimpleNamespace(**locals())
     at_least_one = dict(
@@ -176,6 +176,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     run |= {"num_images": plan.num_images, "streaming": source.streaming, "left_out": source.left_out}
     check_same_run(output_dir, run)
     session.own()
+    check_same_run(output_dir, run)  # again: another run may have begun here, and ended, since
     session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(run, indent=2)))
     layout = {"per_device_batch_size": plan.per_device_batch_size, "accumulation": plan.accumulation}
     session.begin(name=recipe.title, total_steps=plan.total_steps, num_workers=options.num_workers, **layout)

@@ -30,7 +30,8 @@ from .output import unminding_output
 
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: what SLURM's --signal is mostly told to send
+# SIGUSR1: what SLURM's --signal is mostly told to send. SIGHUP: a terminal that is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE = 5  # seconds, after which another Ctrl-C is meant as it is; launchers pass on the first one twice
 # The other processes wait while the main one evaluates, saves or trains the network of a perceptual loss.
 TIMEOUT = timedelta(hours=2)
@@ -79,10 +80,10 @@ class Signals:
     @contextmanager
     def breaking_off(self) -> Iterator[None]:
         """Within it a signal raises Interrupted at once, also one that came before."""
-        if self.number:
-            raise Interrupted(self.number)
-        self.breakable = True
+        self.breakable = True  # first: a signal that comes now must not only be noted
         try:
+            if self.number:
+                raise Interrupted(self.number)
             yield
         finally:
             self.breakable = False
@@ -115,7 +116,8 @@ class Session:
         self._within = ExitStack()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._within.callback(signal.signal, number, signal.signal(number, self.signals))
+                if number != signal.SIGHUP or signal.getsignal(number) == signal.SIG_DFL:  # else it is nohup's
+                    self._within.callback(signal.signal, number, signal.signal(number, self.signals))
         self._within.enter_context(unminding_output())
         return self
 

@@ -32,6 +32,11 @@ def file_name(number: int) -> str:
     return f"tokens-{number:05d}.safetensors"
 
 
+def parts_of(folder: Path) -> Path:
+    """Where files are until all are there."""
+    return folder.with_name(f".{folder.name}.parts")
+
+
 class TokenCache:
     """(N,K) fp32 tokens and the label by image number, read from memory-mapped files. [`cache_tokens`] makes it.
 
@@ -102,6 +107,7 @@ def cache_tokens(
         encode_all(folder, model, processor, source, session, loading)
     else:
         session.on_main(lambda: check_folder(folder, (INDEX,)))
+        session.on_main(lambda: shutil.rmtree(parts_of(folder), ignore_errors=True))  # of a start that was killed
     return TokenCache(folder)
 
 
@@ -119,7 +125,7 @@ def encode_all(
     tokens_shape = (model.config.num_patches, model.config.latent_dim)
     images_per_file = max(1, BYTES_PER_FILE // (4 * tokens_shape[0] * tokens_shape[1]))
     numbers = range(-(-len(source) // images_per_file))
-    parts = folder.with_name(f".{folder.name}.parts")
+    parts = parts_of(folder)
     parts.mkdir(parents=True, exist_ok=True)
 
     def encode_share() -> None:

@@ -167,6 +167,7 @@ def train_with(
     run |= {"num_images": plan.num_images, "left_out": source.left_out}
     check_same_run(output_dir, run)
     session.own()
+    check_same_run(output_dir, run)  # again: another run may have begun here, and ended, since
     session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(run, indent=2)))
     session.begin(name=f"{recipe.title}, its tokenizer", total_steps=plan.total_steps, num_workers=num_workers)
 
