@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_ldae import LDAEConfig
 from ..image_processing_ldae import LDAEImageProcessor
-from ..manifest import check_folder, write_folder
+from ..manifest import DamagedError, check_folder, write_folder
 from ..patch_covariance import PatchCovariance
 from ..progress import progress_bar
 from ..recipes import Recipe
@@ -104,7 +104,10 @@ def fit(
     rank, world = accelerator.process_index, accelerator.num_processes
     covariance, start = PatchCovariance(config.patch_dim), 0
     if (partial / "sums.safetensors").is_file():
-        check_folder(partial)
+        try:
+            check_folder(partial)
+        except DamagedError as error:
+            raise DamagedError(f"{error} Delete {partial} to fit the PCA anew.") from error
         start = json.loads((partial / "position.json").read_text())["images_done"]
         if rank == 0:  # the sums of all processes are added up in the end
             covariance = PatchCovariance.from_state_dict(load_file(partial / "sums.safetensors"))

@@ -105,8 +105,3 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
     """Dense peak FLOP/s of a device under `"bf16"` or `"no"`; None for CPUs and devices that are not in the table."""
     known = known_device(device)
     return None if known is None else known.peak_flops(mixed_precision)
-
-
-def memory_bytes(device: torch.device) -> int | None:
-    """Memory of a device in bytes; None for CPUs, whose memory is everyone's."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
