@@ -20,7 +20,7 @@ PACKAGE = Path(ldae_hf.__file__).parent
 LEAVES = {"configuration_ldae", "noise_schedules", "patch_tokenizers", "patch_covariance"}
 PARTS = {"layers_ldae", "prediction_targets"}
 MODELS = LEAVES | PARTS | {"modeling_ldae", "image_processing_ldae"}
-BESIDE_THE_MODELS = {"scheduling_ldae", "latent_tokenizers"}  # they need diffusers
+BESIDE_THE_MODELS = {"scheduling_ldae", "latent_tokenizers", "pipeline_ldae"}  # they need diffusers
 FOLDERS = {"manifest", "golden"}  # what makes a folder checkable
 MAY_IMPORT = {
     "manifest": set(),
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "image_processing_ldae": LEAVES,
     "scheduling_ldae": {"configuration_ldae", "noise_schedules"},
     "latent_tokenizers": {"configuration_ldae", "patch_tokenizers"},
+    "pipeline_ldae": MODELS | {"scheduling_ldae", "latent_tokenizers"},
     "ldae_hf": MODELS | BESIDE_THE_MODELS,
     "recipes": {"configuration_ldae"},
     "model_checks": MODELS | {"golden", "latent_tokenizers", "progress", "recipes"},
@@ -48,7 +49,7 @@ MAY_IMPORT = {
 
 # Dependency -> the rooms that may know it. torchvision and timm break other parts of the stack just by being there.
 DOORS = {
-    "diffusers": {"scheduling_ldae", "latent_tokenizers"},
+    "diffusers": {"scheduling_ldae", "latent_tokenizers", "pipeline_ldae"},
     "accelerate": {"training", "evaluation"},
     "datasets": {"training", "evaluation"},
     "matplotlib": {"evaluation"},

@@ -21,7 +21,11 @@ from .modeling_ldae import LDAEForImageClassification, LDAEForPreTraining, LDAEM
 
 __version__ = "0.1.0"
 
-_LAZY = {"LDAEScheduler": ".scheduling_ldae", "LearnedTokenizer": ".latent_tokenizers"}
+_LAZY = {
+    "LDAEPipeline": ".pipeline_ldae",
+    "LDAEScheduler": ".scheduling_ldae",
+    "LearnedTokenizer": ".latent_tokenizers",
+}
 
 __all__ = [
     "SIZES",

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers.image_processing_base import ImageProcessingMixin  # noqa: F401 (diffusers looks for it here)
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file

@@ -33,7 +33,7 @@ from .layers_ldae import (
 )
 from .noise_schedules import NoiseSchedule
 from .patch_tokenizers import TOKENIZERS, Tokenizer, patchify, unpatchify
-from .prediction_targets import NETWORK_INPUTS, PREDICTIONS
+from .prediction_targets import NETWORK_INPUTS, PREDICTIONS, clean_latents, clean_patches
 
 
 @dataclass
@@ -377,12 +377,27 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         timesteps, noise = self.ldae.schedule.sample(tokens, timesteps, noise)
         noisy_tokens = self.ldae.schedule.add_noise(tokens, noise, timesteps)  # gamma_t z + sigma_t eps
         labels = self.ldae.label_embedding.drop(labels, dropped_labels)
-        conditioning = self.ldae.label_embedding(self.ldae.timestep_embedding(timesteps), labels)  # (B, D)
-        shown = self.ldae.network_input(self.ldae.tokenizer, noisy_tokens)  # (B, N, K) or (B, N, P)
-        hidden_states = self.ldae.encode(shown, conditioning, grid)  # (B, N, D)
-        prediction = self.decoder(hidden_states, conditioning).to(tokens.dtype)  # (B, N, K) or (B, N, P)
+        prediction = self.predict(noisy_tokens, timesteps, labels, grid)
         loss = self.loss(prediction, pixel_values, tokens, noise, timesteps)
         return LDAEForPreTrainingOutput(loss, prediction, noisy_tokens, timesteps)
+
+    def predict(
+        self,
+        noisy_tokens: torch.Tensor,
+        timesteps: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """The network's answer to noisy latents (B,N,K): (B,N,K) or (B,N,P), whatever its target is.
+
+        Args:
+            timesteps: (B,), or (1,) for all. labels: (B,) classes, None for "no class".
+            grid: (rows, columns) of the tokens; default that of the training images.
+        """
+        conditioning = self.ldae.label_embedding(self.ldae.timestep_embedding(timesteps), labels)  # (B, D) or (1, D)
+        shown = self.ldae.network_input(self.ldae.tokenizer, noisy_tokens)  # (B, N, K) or (B, N, P)
+        hidden_states = self.ldae.encode(shown, conditioning, grid or self.ldae.grid)  # (B, N, D)
+        return self.decoder(hidden_states, conditioning).to(noisy_tokens.dtype)
 
     def square_grid(self, tokens: torch.Tensor) -> tuple[int, int]:
         """(rows, columns) of cached tokens (B,N,K).
@@ -408,16 +423,21 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         return (weights * squared_error).mean() / self.config.latent_dim
 
     def denoise(
-        self, pixel_values: torch.Tensor, timesteps: int | torch.Tensor, noise: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor,
+        timesteps: int | torch.Tensor,
+        noise: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The noisy images and the model's restorations of them, each (B,C,H,W) in the processor's normalisation.
 
         What the noisy image shows is mean + Vᵀ z_t / s, whatever space the network itself sees.
         """
-        output = self(pixel_values, timesteps=timesteps, noise=noise)
-        tokenizer, levels = self.ldae.tokenizer, self.ldae.schedule.levels(output.timesteps)
-        noisy = tokenizer.decode(output.noisy_tokens)
-        clean = self.prediction_target.clean_patches(tokenizer, output.prediction, output.noisy_tokens, *levels)
+        output = self(pixel_values, labels=labels, timesteps=timesteps, noise=noise)
+        target, tokenizer, noisy_tokens = self.prediction_target, self.ldae.tokenizer, output.noisy_tokens
+        levels = self.ldae.schedule.levels(output.timesteps)
+        latents = clean_latents(target, tokenizer, output.prediction, noisy_tokens, *levels)
+        noisy, clean = tokenizer.decode(noisy_tokens), clean_patches(target, tokenizer, output.prediction, latents)
         grid = self.ldae.grid_of(pixel_values)
         return tuple(unpatchify(patches, self.config.patch_size, grid) for patches in (noisy, clean))
 

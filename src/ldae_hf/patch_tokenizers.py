@@ -115,6 +115,10 @@ class PatchTokenizer(Tokenizer):
         """(B,C,H,W) -> (B,N,K)."""
         return self.encode_patches(patchify(pixel_values, self.patch_size))
 
+    def outside(self, centred: torch.Tensor) -> torch.Tensor:
+        """(B,N,P) patches without their mean -> the part of them that no latent can hold, (B,N,P)."""
+        return centred - self.unproject(self.project(centred))
+
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,N,K) -> (B,N,P)."""
         return self.mean + self.unproject(tokens / self.scales)
@@ -210,6 +214,10 @@ class ConvolutionalTokenizer(Tokenizer):
     def attach(self, autoencoder: nn.Module) -> None:
         """Takes the autoencoder, whose latents' variances are in the buffer."""
         self._outside = (autoencoder.eval().requires_grad_(False),)
+
+    def is_attached(self, autoencoder: nn.Module) -> bool:
+        """Whether this very module has been taken."""
+        return bool(self._outside) and self._outside[0] is autoencoder
 
     def autoencoder(self, device: torch.device) -> nn.Module:
         """The autoencoder, on this device.

@@ -1,7 +1,7 @@
 """What the network is shown, and what it is asked for: the two keys `input_space` and `prediction_target` of the path.
 
-A prediction target compares (`squared_error`, Σ_i w_i r_i² of each token) and reads the clean patches out of an answer
-(`clean_patches`). V is orthonormal, so the part of an error outside the K directions has the squared length
+A prediction target compares (`squared_error`, Σ_i w_i r_i² of each token) and reads an answer: the noise or the clean
+latents (`in_latents`, (B,N,K)), and what it says of the patch outside the K directions (`outside`, (B,N,P)). V is orthonormal, so the part of an error outside the K directions has the squared length
 |e|² - |V e|² (Pythagoras): Eq. 4 never needs the other P - K directions.
 
 B images · N tokens · P values of a patch · K latent values of a token
@@ -29,10 +29,22 @@ def equal_weight(gammas: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(gammas)
 
 
-class PredictNoise:
-    """The answer is eps, (B,N,K)."""
+class LatentAnswer:
+    """The answer has K values per token, and says nothing of the rest."""
 
     answers_in_latents = True
+
+    def in_latents(self, tokenizer, prediction):
+        return prediction
+
+    def outside(self, tokenizer, prediction):
+        return 0
+
+
+class PredictNoise(LatentAnswer):
+    """The answer is eps, (B,N,K)."""
+
+    predicts_noise = True
 
     def __init__(self, config: LDAEConfig):
         self.loss_weight = equal_weight
@@ -40,14 +52,11 @@ class PredictNoise:
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         return (noise - prediction).square().sum(-1)
 
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        return tokenizer.decode((noisy_tokens - sigmas * prediction) / gammas)
 
-
-class PredictLatent:
+class PredictLatent(LatentAnswer):
     """The answer is z, (B,N,K)."""
 
-    answers_in_latents = True
+    predicts_noise = False
 
     def __init__(self, config: LDAEConfig):
         self.loss_weight = LOSS_WEIGHTS[config.loss_weighting]
@@ -55,14 +64,11 @@ class PredictLatent:
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         return (tokens - prediction).square().sum(-1)
 
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        return tokenizer.decode(prediction)
-
 
 class PredictReconstruction:
     """The answer is decode(z), (B,N,P): the image without its tail outside the K directions."""
 
-    answers_in_latents = False
+    answers_in_latents, predicts_noise = False, False
 
     def __init__(self, config: LDAEConfig):
         self.loss_weight = LOSS_WEIGHTS[config.loss_weighting]
@@ -70,8 +76,11 @@ class PredictReconstruction:
     def squared_error(self, tokenizer, prediction, patches, tokens, noise):
         return tokenizer.loss_scale**2 * (tokenizer.decode(tokens) - prediction).square().sum(-1)
 
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        return prediction
+    def in_latents(self, tokenizer, prediction):
+        return tokenizer.encode_patches(prediction)
+
+    def outside(self, tokenizer, prediction):
+        return tokenizer.outside(prediction - tokenizer.mean)
 
 
 class PredictImage(PredictReconstruction):
@@ -91,7 +100,7 @@ class PredictImage(PredictReconstruction):
 class PredictNoiseInImage:
     """Footnote 4: noise prediction in the final model. s V answer is eps; the tail is the image's, weighted down."""
 
-    answers_in_latents = False
+    answers_in_latents, predicts_noise = False, True
 
     def __init__(self, config: LDAEConfig):
         self.loss_weight = equal_weight
@@ -103,10 +112,22 @@ class PredictNoiseInImage:
         tail = error.square().sum(-1) - tokenizer.project(error).square().sum(-1)
         return inside + self.residual_weight * tokenizer.loss_scale**2 * tail
 
-    def clean_patches(self, tokenizer, prediction, noisy_tokens, gammas, sigmas):
-        coefficients = tokenizer.project(prediction)
-        tail = prediction - tokenizer.unproject(coefficients)
-        return tokenizer.decode((noisy_tokens - sigmas * coefficients * tokenizer.scales) / gammas) + tail
+    def in_latents(self, tokenizer, prediction):
+        return tokenizer.project(prediction) * tokenizer.scales
+
+    def outside(self, tokenizer, prediction):
+        return tokenizer.outside(prediction)
+
+
+def clean_latents(target, tokenizer, prediction, noisy_tokens, gammas, sigmas) -> torch.Tensor:
+    """(B,N,K) the clean latents according to an answer to `noisy_tokens`."""
+    answer = target.in_latents(tokenizer, prediction)
+    return (noisy_tokens - sigmas * answer) / gammas if target.predicts_noise else answer
+
+
+def clean_patches(target, tokenizer, prediction, latents) -> torch.Tensor:
+    """(B,N,P) what clean latents decode to, with what the answer says outside of the K directions."""
+    return tokenizer.decode(latents) + target.outside(tokenizer, prediction)
 
 
 NETWORK_INPUTS = {"latent": latent_input, "pixel": pixel_input}

@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .configuration_ldae import SIGMA_MAX
+from .configuration_ldae import SIGMA_MAX, LDAEConfig
 from .noise_schedules import NoiseSchedule, clean_target_weight, noise_schedule_tables
 
 
@@ -85,6 +85,12 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         return len(self._schedule)
 
     @classmethod
+    def for_model(cls, config: LDAEConfig) -> "LDAEScheduler":
+        """The scheduler with the noise of a model's configuration, which reads its answers as they are meant."""
+        prediction_type = "epsilon" if config.prediction_target == "noise" else "sample"
+        return cls(config.noise_schedule, config.num_train_timesteps, prediction_type, config.sigma_max)
+
+    @classmethod
     def from_config(cls, config: dict, return_unused_kwargs: bool = False, **kwargs):
         """A scheduler from a dictionary of settings; `kwargs` go before them.
 
@@ -128,6 +134,47 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = steps
         self._path = [round(i * levels / steps) - 1 for i in range(steps, 0, -1)]
         self.timesteps = torch.tensor(self._path, device=device)
+
+    def to_stock(self, scheduler_class: type[SchedulerMixin], **settings) -> SchedulerMixin:
+        """One of diffusers' own schedulers, with this schedule's signal-to-noise ratios, to drive the same model.
+
+        diffusers' schedulers preserve variance. z_t / sqrt(gamma_t² + sigma_t²) does too, for any table, and has the
+        same ratios: their cumulative product of 1 - beta is gamma² / (gamma² + sigma²), which is what they are given.
+        [`LDAEPipeline`] scales what the network is shown back.
+
+        Args:
+            scheduler_class: for example `DPMSolverMultistepScheduler`, `EulerDiscreteScheduler`, `DDIMScheduler`.
+            settings: further ones of that class.
+
+        Raises:
+            ValueError: the class takes no `trained_betas`, or the schedule cannot sample.
+        """
+        self._refuse_single_level()
+        known = scheduler_class._get_init_keys(scheduler_class)
+        if "trained_betas" not in known:
+            raise ValueError(f"{scheduler_class.__name__} takes no table of betas, so it cannot have this schedule.")
+        gammas, sigmas = self._table[:, : self._num_sampling_levels]
+        kept = clean_target_weight(gammas, sigmas)  # gamma² / (gamma² + sigma²)
+        betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+        given = {
+            "trained_betas": betas.tolist(),
+            "num_train_timesteps": len(betas),
+            "prediction_type": self.config.prediction_type,
+            "timestep_spacing": "trailing",  # from the last level on, as here
+            "clip_sample": False,  # latents are not pixels in [-1, 1]
+        }
+        return scheduler_class(**{key: value for key, value in given.items() if key in known} | settings)
+
+    def agrees_with(self, scheduler: SchedulerMixin) -> bool:
+        """Whether another scheduler, of this class or one of diffusers', has these levels and reads answers so."""
+        theirs = scheduler.config
+        if theirs.get("prediction_type") != self.config.prediction_type or theirs.get("clip_sample", False):
+            return False
+        if isinstance(scheduler, LDAEScheduler):
+            return torch.equal(scheduler._table, self._table)
+        kept = clean_target_weight(self.gammas, self.sigmas)[: self._num_sampling_levels]
+        products = getattr(scheduler, "alphas_cumprod", kept.new_empty(0))
+        return len(products) == len(kept) and torch.allclose(products.cpu(), kept, atol=1e-3)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor

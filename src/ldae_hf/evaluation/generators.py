@@ -1,0 +1,114 @@
+"""Models that generate, out of whatever holds one: a run, a checkpoint, a pipeline's folder, the Hub."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS
+from ..image_processing_ldae import LDAEImageProcessor
+from ..latent_tokenizers import LearnedTokenizer
+from ..manifest import MANIFEST, check_folder
+from ..modeling_ldae import LDAEForPreTraining
+from ..pipeline_ldae import LDAEPipeline
+from ..progress import quietly
+from ..recipes import Recipe
+from ..training.checkpointing import EMA, newest_intact
+from .feature_maps import DTYPES, state_fingerprint
+
+
+class Generator(NamedTuple):
+    """`pipeline`, and `facts` for a result: `name`, `recipe`, `tier`, `overrides`, `training` (None where not known),
+    `weights` ("ema", "raw", or None of a pipeline, which does not say), `dtype`, `model` and `encoder`: sha256 of the
+    whole model, and of the encoder as linear probes name it."""
+
+    pipeline: LDAEPipeline
+    facts: dict
+
+
+def load_generator(
+    source: str | Path | LDAEPipeline,
+    *,
+    weights: str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+) -> Generator:
+    """A pipeline with the newest weights that `source` has.
+
+    Args:
+        source: a run's folder, a checkpoint's, one that a pipeline was saved to, a name on the Hub, or a pipeline.
+        weights: of a run or checkpoint, `"ema"` or `"raw"`; default the moving average if there is one.
+        dtype: `"float32"` or `"bfloat16"`, of the model; its tables, its tokenizer and the latents stay float32.
+        device: default the GPU, if there is one; a pipeline stays where it is.
+
+    Raises:
+        ValueError: an unknown option, weights that are not there, or a folder with nothing of the kind.
+        DamagedError: no checkpoint is as it was written.
+    """
+    if weights not in (None, "ema", "raw") or dtype not in DTYPES:
+        raise ValueError(f"weights={weights!r} must be ema or raw, and dtype={dtype!r} one of {', '.join(DTYPES)}.")
+    if isinstance(source, LDAEPipeline):
+        pipeline, folder, weights = source, None, None
+        dtype = str(pipeline.model.dtype).removeprefix("torch.")
+    else:
+        folder = Path(source)
+        if (folder / "checkpoints").is_dir():
+            folder = _newest_checkpoint(folder / "checkpoints")
+        if (folder / "config.json").is_file():
+            pipeline, weights = _of_checkpoint(folder, weights, DTYPES[dtype])
+        elif folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} holds no run, no checkpoint and no pipeline; name a folder that does.")
+        elif weights is not None:
+            raise ValueError(f"{source} is a pipeline, with the weights that it was saved with; leave weights out.")
+        else:
+            pipeline = LDAEPipeline.from_pretrained(source, dtype=DTYPES[dtype])
+        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe, training = None, None
+    if folder is not None and (folder / "recipe.json").is_file():
+        recipe = Recipe.load(folder)
+    if folder is not None and (folder / "training.json").is_file():
+        training = json.loads((folder / "training.json").read_text())
+    facts = {
+        "name": str(source) if isinstance(source, str | Path) else "pipeline",
+        "recipe": recipe and recipe.name,
+        "tier": recipe and recipe.tier,
+        "overrides": recipe and recipe.overrides,
+        "training": training,
+        "weights": weights,
+        "dtype": dtype,
+        "model": state_fingerprint(pipeline.model),
+        "encoder": state_fingerprint(pipeline.model.ldae),
+    }
+    return Generator(pipeline, facts)
+
+
+def _newest_checkpoint(checkpoints: Path) -> Path:
+    folder, problems = newest_intact(checkpoints)
+    for problem in problems:
+        print(f"warning: {problem}")
+    if folder is None:
+        raise ValueError(f"{checkpoints} holds no checkpoint yet; the model is in there once the first is written.")
+    return folder
+
+
+def _of_checkpoint(folder: Path, weights: str | None, dtype: torch.dtype) -> tuple[LDAEPipeline, str]:
+    if (folder / MANIFEST).is_file():
+        check_folder(folder)
+    average = folder / EMA
+    weights = weights or ("ema" if average.is_file() else "raw")
+    with quietly():
+        model = LDAEForPreTraining.from_pretrained(folder, dtype=dtype)
+    if weights == "ema":
+        if not average.is_file():
+            raise ValueError(f"{folder} has no moving average of its weights; take weights=raw.")
+        with torch.no_grad():
+            for name, value in load_file(average).items():
+                model.get_parameter(name).copy_(value)
+    vae = None
+    if model.config.tokenizer in CONVOLUTIONAL_TOKENIZERS:
+        learned = LearnedTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        model.set_tokenizer(learned)
+        vae = learned.autoencoder
+    return LDAEPipeline(model, LDAEImageProcessor.from_pretrained(folder), vae=vae), weights
