@@ -1,4 +1,4 @@
-"""A small Hub on the loopback: data sets, and whatever can go wrong on the way to them."""
+"""A small Hub on the loopback: data sets, models, and whatever can go wrong on the way to them."""
 
 import json
 import re
@@ -12,7 +12,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Serves `files` as the Hub does, as a data set of any name "someone/…", within a `with` block.
+    """Serves `files` as the Hub does, as a data set or a model of any name "someone/…", within a `with` block.
 
     Args:
         fault: asked before each request with its method, its path and how many requests have come before: a status,
@@ -69,23 +69,23 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, tuple):
             return self.answer(fault[0], headers=fault[1])
         listing = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in hub.files.items()]
-        if (file := re.fullmatch(rf"/datasets/{NAME}/resolve/[^/]+/(.+?)(\?.*)?", path)) and file[1] in hub.files:
+        if (file := re.fullmatch(rf"(?:/datasets)?/{NAME}/resolve/[^/]+/(.+?)(\?.*)?", path)) and file[1] in hub.files:
             return self.send_file(hub.files[file[1]], drop)
         if drop:
             self.close_connection = True
-        elif re.match(rf"/datasets/{NAME}/resolve/", path):
+        elif re.match(rf"(?:/datasets)?/{NAME}/resolve/", path):
             self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
-        elif re.match(rf"/api/datasets/{NAME}/tree/[^/]+(\?.*)?$", path):
+        elif re.match(rf"/api/(?:datasets|models)/{NAME}/tree/[^/]+(\?.*)?$", path):
             self.send_json(listing)
-        elif re.match(rf"/api/datasets/{NAME}/tree/", path):  # no file lies in a folder
+        elif re.match(rf"/api/(?:datasets|models)/{NAME}/tree/", path):  # no file lies in a folder
             self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
-        elif re.match(rf"/api/datasets/{NAME}/paths-info/", path):
+        elif re.match(rf"/api/(?:datasets|models)/{NAME}/paths-info/", path):
             self.send_json([entry for entry in listing if entry["path"] in body.replace("%2F", "/")])
-        elif re.match(rf"/api/datasets/{NAME}(/revision/.*)?(\?.*)?$", path):
+        elif re.match(rf"/api/(?:datasets|models)/{NAME}(/revision/.*)?(\?.*)?$", path):
             siblings = [{"rfilename": entry["path"]} for entry in listing]
             self.send_json(
                 {
-                    "id": path.split("?")[0].removeprefix("/api/datasets/").partition("/revision")[0],
+                    "id": re.match(rf"/api/\w+/({NAME})", path)[1],
                     "sha": SHA,
                     "siblings": siblings,
                     "private": False,

@@ -1,8 +1,9 @@
 """What the network is shown, and what it is asked for: the two keys `input_space` and `prediction_target` of the path.
 
 A prediction target compares (`squared_error`, Σ_i w_i r_i² of each token) and reads an answer: the noise or the clean
-latents (`in_latents`, (B,N,K)), and what it says of the patch outside the K directions (`outside`, (B,N,P)). V is orthonormal, so the part of an error outside the K directions has the squared length
-|e|² - |V e|² (Pythagoras): Eq. 4 never needs the other P - K directions.
+latents (`in_latents`, (B,N,K)), and what it says of the patch outside the K directions (`outside`, (B,N,P)). V is
+orthonormal, so the part of an error outside the K directions has the squared length |e|² - |V e|² (Pythagoras): Eq. 4
+never needs the other P - K directions.
 
 B images · N tokens · P values of a patch · K latent values of a token
 """

@@ -140,7 +140,8 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
 
         diffusers' schedulers preserve variance. z_t / sqrt(gamma_t² + sigma_t²) does too, for any table, and has the
         same ratios: their cumulative product of 1 - beta is gamma² / (gamma² + sigma²), which is what they are given.
-        [`LDAEPipeline`] scales what the network is shown back.
+        [`LDAEPipeline`] scales what the network is shown back. diffusers' DDIM steps by T // n: it takes the right steps
+        only where n divides the levels, of which `linear_gamma_squared` has 999.
 
         Args:
             scheduler_class: for example `DPMSolverMultistepScheduler`, `EulerDiscreteScheduler`, `DDIMScheduler`.
@@ -156,6 +157,7 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         gammas, sigmas = self._table[:, : self._num_sampling_levels]
         kept = clean_target_weight(gammas, sigmas)  # gamma² / (gamma² + sigma²)
         betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+        betas[0].clamp_(min=1e-6)  # some take the logarithm of the first level's noise, which is 0 in `linear_sigma`
         given = {
             "trained_betas": betas.tolist(),
             "num_train_timesteps": len(betas),
