@@ -104,6 +104,8 @@ COMMANDS = [
     ["plan"],
     ["data"],
     ["data", "check"],
+    ["extractor"],
+    ["extractor", "train"],
     ["pretrain"],
     ["replay"],
     ["report"],

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import data, recipes, tokenizer, weights
+from . import data, extractor, recipes, tokenizer, weights
 from .evaluate import knn, probe
 from .options import PLAIN
 from .plan import plan
@@ -31,6 +31,7 @@ app.command()(replay)
 app.command()(report)
 app.command()(verify)
 app.add_typer(data.app, name="data")
+app.add_typer(extractor.app, name="extractor")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(probe)
 app.command()(knn)

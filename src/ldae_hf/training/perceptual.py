@@ -66,7 +66,7 @@ def _check_pair(first: torch.Tensor, second: torch.Tensor, smallest: int) -> Non
         )
 
 
-def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]], remedy: str) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path, shapes: dict[str, tuple[int, ...]], remedy: str) -> dict[str, torch.Tensor]:
     """The named tensors as float32, each checked by its shape in the header first; others are ignored.
 
     Raises:
@@ -120,9 +120,9 @@ class LPIPS(nn.Module):
         folder = Path(folder)
         remedy, model = _GET_LPIPS.format(folder=folder), cls()
         own = {name: value for name, value in model.state_dict().items() if name.startswith("features.")}
-        state = _read_tensors(folder / "vgg16.safetensors", {key: tuple(own[key].shape) for key in own}, remedy)
+        state = read_tensors(folder / "vgg16.safetensors", {key: tuple(own[key].shape) for key in own}, remedy)
         shapes = {f"lin{i}.model.1.weight": (1, len(w), 1, 1) for i, w in enumerate(model.channel_weights)}
-        linear = _read_tensors(folder / "lpips.safetensors", shapes, remedy)
+        linear = read_tensors(folder / "lpips.safetensors", shapes, remedy)
         for i, (name, weight) in enumerate(linear.items()):
             if not (weight >= 0).all():  # NaN fails too
                 raise ValueError(f"{folder / 'lpips.safetensors'}: {name!r} has negative weights; {remedy}")
@@ -230,7 +230,7 @@ class LabelFeatures(nn.Module):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} does not describe label features ({error!r}); {remedy}") from error
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        model.load_state_dict(_read_tensors(folder / f"{LABEL_FEATURES}.safetensors", shapes, remedy))
+        model.load_state_dict(read_tensors(folder / f"{LABEL_FEATURES}.safetensors", shapes, remedy))
         return model.requires_grad_(False).eval()
 
 
@@ -243,6 +243,7 @@ def train_label_features(
     loader_of_epoch: Callable[[int], Iterable[dict]],
     num_classes: int,
     *,
+    widths: tuple[int, ...] = (32, 64, 128),
     epochs: int = 3,
     learning_rate: float = 1e-3,
     device: str | torch.device = "cpu",
@@ -258,6 +259,7 @@ def train_label_features(
     Args:
         loader_of_epoch: given the epoch, yields batches with `pixel_values` uint8 (B,3,H,W), `labels` and `sample_ids`
             (B,). It shuffles, if anything does.
+        num_classes, widths: as in `LabelFeatures`.
         random_labels: learn a fixed random label for each sample instead of its own, the control for what labels bring.
         seed: of the initialisation and of random labels.
 
@@ -274,7 +276,7 @@ def train_label_features(
     began, device = time.monotonic(), torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = LabelFeatures(num_classes)
+        model = LabelFeatures(num_classes, widths)
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     steps_per_epoch = math.inf
@@ -286,7 +288,7 @@ def train_label_features(
                 labels = torch.tensor([random_label(seed, int(i), num_classes) for i in batch["sample_ids"]])
             else:
                 labels = batch["labels"]
-                _check_labels(labels, batch["sample_ids"], num_classes)
+                check_labels(labels, batch["sample_ids"], num_classes)
             labels = labels.to(device)
             pixel_values = batch["pixel_values"].to(device, torch.float32) / 127.5 - 1
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -322,7 +324,7 @@ def train_label_features(
     return model.requires_grad_(False).eval(), figures
 
 
-def _check_labels(labels: torch.Tensor, sample_ids: torch.Tensor, num_classes: int) -> None:
+def check_labels(labels: torch.Tensor, sample_ids: torch.Tensor, num_classes: int) -> None:
     """Raises ValueError at the first label that is not a class."""
     for label, sample_id in zip(labels.tolist(), sample_ids.tolist(), strict=True):
         if not 0 <= label < num_classes:
