@@ -38,6 +38,8 @@ FORKING = (
     "test_verify.py",
     "test_tokenizer_training.py",
     "test_every_recipe.py",
+    "test_samples.py",
+    "test_fid.py",
 )
 
 

@@ -287,7 +287,8 @@ class LDAEPipeline(DiffusionPipeline):
             return None
         labels = torch.as_tensor(class_labels, device="cpu").reshape(-1)
         if labels.is_floating_point() or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(f"class_labels must be integers in 0 ... {num_classes - 1}, not {class_labels}.")
+            given = sorted(set(labels.tolist()))
+            raise ValueError(f"class_labels must be integers in 0 ... {num_classes - 1}, not {given}.")
         return labels.long().to(self._execution_device)
 
     def _step_options(self, eta: float, generator: Generators) -> dict:

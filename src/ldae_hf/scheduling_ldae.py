@@ -11,6 +11,7 @@ and needs no gamma² + sigma² = 1. A smaller c leaves the marginals as they are
 
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -135,7 +136,7 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         self._path = [round(i * levels / steps) - 1 for i in range(steps, 0, -1)]
         self.timesteps = torch.tensor(self._path, device=device)
 
-    def to_stock(self, scheduler_class: type[SchedulerMixin], **settings) -> SchedulerMixin:
+    def to_stock(self, scheduler_class: type[SchedulerMixin] | str, **settings) -> SchedulerMixin:
         """One of diffusers' own schedulers, with this schedule's signal-to-noise ratios, to drive the same model.
 
         diffusers' schedulers preserve variance. z_t / sqrt(gamma_t² + sigma_t²) does too, for any table, and has the
@@ -144,13 +145,18 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         steps only where n divides the levels, of which `linear_gamma_squared` has 999.
 
         Args:
-            scheduler_class: for example `DPMSolverMultistepScheduler`, `EulerDiscreteScheduler`, `DDIMScheduler`.
+            scheduler_class: for example `DPMSolverMultistepScheduler`, `EulerDiscreteScheduler`, or its name.
             settings: further ones of that class.
 
         Raises:
-            ValueError: the class takes no `trained_betas`, or the schedule cannot sample.
+            ValueError: no scheduler has this name, the class takes no `trained_betas`, or the schedule cannot sample.
         """
         self._refuse_single_level()
+        if isinstance(scheduler_class, str):
+            name, scheduler_class = scheduler_class, getattr(diffusers, scheduler_class, None)
+            if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+                examples = "DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler"
+                raise ValueError(f"{name!r} is no scheduler of diffusers; take for example {examples}.")
         known = scheduler_class._get_init_keys(scheduler_class)
         if "trained_betas" not in known:
             raise ValueError(f"{scheduler_class.__name__} takes no table of betas, so it cannot have this schedule.")

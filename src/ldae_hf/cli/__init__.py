@@ -2,8 +2,10 @@
 
 import typer
 
-from . import data, extractor, recipes, tokenizer, weights
+from . import data, extractor, recipes, results, tokenizer, weights
 from .evaluate import knn, probe
+from .fid import fid
+from .generate import denoise, generate, pipeline
 from .options import PLAIN
 from .plan import plan
 from .pretrain import pretrain
@@ -35,5 +37,10 @@ app.add_typer(extractor.app, name="extractor")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(probe)
 app.command()(knn)
+app.command()(fid)
+app.command()(generate)
+app.command()(denoise)
+app.command()(pipeline)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(results.app, name="results")
 app.add_typer(weights.app, name="weights")

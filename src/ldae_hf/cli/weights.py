@@ -13,7 +13,7 @@ app = typer.Typer(**PLAIN)
 
 @app.callback()
 def weights():
-    """Other people's weights: VGG-16's, LPIPS's, and those of FID's Inception (`ldae extractor --help` says where they are).
+    """Other people's weights: of VGG-16 and LPIPS, and of FID's Inception (ldae extractor --help says where it is).
 
     A PyTorch checkpoint is a pickle, and a pickle can hold code; ldae reads safetensors only.
     """

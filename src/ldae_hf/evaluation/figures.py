@@ -1,4 +1,4 @@
-"""Pictures of what a run learned. The only place where matplotlib is imported."""
+"""Pictures of what a run learned."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +72,7 @@ def denoising_figure(
         _show(axis, 0.5 + weights / (2 * weights.abs().max()))
     patch = f"{processor.patch_size}x{processor.patch_size}"
     lower.suptitle(f"first {len(filters)} of {processor.latent_dim} PCA directions of {patch} patches", fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def filters_figure(tokenizers: Sequence[str | Path], path: str | Path, *, num_filters: int = 8) -> Path:
@@ -111,10 +111,11 @@ def filters_figure(tokenizers: Sequence[str | Path], path: str | Path, *, num_fi
         for axis, weights in zip(row, pictures, strict=True):
             _show(axis, 0.5 + weights / (2 * weights.abs().max()))
         row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes a figure and the folders above it that are missing; text in an SVG stays text."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none"}):

@@ -20,12 +20,16 @@ from .feature_maps import DTYPES, state_fingerprint
 
 
 class Generator(NamedTuple):
-    """`pipeline`, and `facts` for a result: `name`, `recipe`, `tier`, `overrides`, `training` (None where not known),
-    `weights` ("ema", "raw", or None of a pipeline, which does not say), `dtype`, `model` and `encoder`: sha256 of the
-    whole model, and of the encoder as linear probes name it."""
+    """`pipeline`, `facts` for a result, and the `folder` that it was loaded from (None for the Hub).
+
+    The facts: `name`, `recipe`, `tier`, `overrides`, `training` (None where not known), `weights` ("ema", "raw", or
+    None of a pipeline, which does not say), `dtype`, `model` and `encoder`: sha256 of the whole model, and of the
+    encoder as linear probes name it.
+    """
 
     pipeline: LDAEPipeline
     facts: dict
+    folder: Path | None
 
 
 def load_generator(
@@ -57,13 +61,13 @@ def load_generator(
         if (folder / "checkpoints").is_dir():
             folder = _newest_checkpoint(folder / "checkpoints")
         if (folder / "config.json").is_file():
-            pipeline, weights = _of_checkpoint(folder, weights, DTYPES[dtype])
+            pipeline, weights = _of_checkpoint(folder, weights)
         elif folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} holds no run, no checkpoint and no pipeline; name a folder that does.")
         elif weights is not None:
             raise ValueError(f"{source} is a pipeline, with the weights that it was saved with; leave weights out.")
         else:
-            pipeline = LDAEPipeline.from_pretrained(source, dtype=DTYPES[dtype])
+            pipeline = LDAEPipeline.from_pretrained(source)
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe, training = None, None
     if folder is not None and (folder / "recipe.json").is_file():
@@ -81,7 +85,10 @@ def load_generator(
         "model": state_fingerprint(pipeline.model),
         "encoder": state_fingerprint(pipeline.model.ldae),
     }
-    return Generator(pipeline, facts)
+    if not isinstance(source, LDAEPipeline):  # now, so that the names of the weights are those of training
+        for parameter in pipeline.model.parameters():
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return Generator(pipeline, facts, folder if folder is not None and folder.is_dir() else None)
 
 
 def _newest_checkpoint(checkpoints: Path) -> Path:
@@ -93,13 +100,13 @@ def _newest_checkpoint(checkpoints: Path) -> Path:
     return folder
 
 
-def _of_checkpoint(folder: Path, weights: str | None, dtype: torch.dtype) -> tuple[LDAEPipeline, str]:
+def _of_checkpoint(folder: Path, weights: str | None) -> tuple[LDAEPipeline, str]:
     if (folder / MANIFEST).is_file():
         check_folder(folder)
     average = folder / EMA
     weights = weights or ("ema" if average.is_file() else "raw")
     with quietly():
-        model = LDAEForPreTraining.from_pretrained(folder, dtype=dtype)
+        model = LDAEForPreTraining.from_pretrained(folder)
     if weights == "ema":
         if not average.is_file():
             raise ValueError(f"{folder} has no moving average of its weights; take weights=raw.")

@@ -16,6 +16,7 @@ from .sources import ImageSource
 NOISE_TO_SIGNAL = (0.25, 0.5, 1, 2)  # sigma_t / gamma_t: what makes the levels of different schedules comparable
 SMALLEST, LARGEST = 64, 128  # pixels per side, between which images are brought by a whole number, if one does
 MARGIN = 64  # pixels at the left, for the titles of the rows
+HEADER = 16  # pixels at the top, for those of columns
 
 
 def watched_images(source: ImageSource, image_size: int, count: int = 8) -> torch.Tensor:
@@ -35,17 +36,21 @@ def watched_images(source: ImageSource, image_size: int, count: int = 8) -> torc
     return torch.stack([torch.from_numpy(resize_crop(image, image_size, centre_box(*image.size))) for image in images])
 
 
-def watched_levels(schedule: NoiseSchedule) -> list[int]:
-    """The timesteps whose noise, relative to the signal, is nearest to `NOISE_TO_SIGNAL`; every schedule has one."""
+def watched_levels(schedule: NoiseSchedule, noise_to_signal: Sequence[float] = NOISE_TO_SIGNAL) -> list[int]:
+    """The timesteps whose noise, relative to the signal, is nearest to these ratios; every schedule has one."""
     ratios = (schedule.sigmas / schedule.gammas).cpu()  # infinite where there is no signal left
-    return sorted({(ratios - ratio).abs().argmin().item() for ratio in NOISE_TO_SIGNAL})
+    return sorted({(ratios - ratio).abs().argmin().item() for ratio in noise_to_signal})
 
 
 @torch.no_grad()
 def denoising_picture(
-    model: LDAEForPreTraining, processor: LDAEImageProcessor, pixels: torch.Tensor, seed: int = 0
+    model: LDAEForPreTraining,
+    processor: LDAEImageProcessor,
+    pixels: torch.Tensor,
+    seed: int = 0,
+    timesteps: Sequence[int] | None = None,
 ) -> Image.Image:
-    """Images, and for each of up to four levels of noise what the model is shown and what it restores, row by row.
+    """Images, and for each of a few levels of noise what the model is shown and what it restores, row by row.
 
     The noisy image is what the noisy latents decode to, whatever space the network itself sees; the number in its
     title is sigma_t / gamma_t. The noise is always the same, so that the pictures of a run differ by the weights alone.
@@ -56,9 +61,10 @@ def denoising_picture(
         model: unwrapped, in either mode, which it is left in. Its weights are used as they are: those of an EMA are to
             be put in place before. Where weights are sharded over processes, all of them have to call it.
         processor: the model's. pixels: (n,C,H,W) uint8 of the processor's `image_size`. seed: of the noise.
+        timesteps: the levels; default [`watched_levels`].
 
     Raises:
-        ValueError: the processor is not the model's, or the images have another size.
+        ValueError: the processor is not the model's, the images have another size, or a level is not there.
     """
     model.check_processor(processor)
     schedule, was_training = model.ldae.schedule, model.training
@@ -69,7 +75,7 @@ def denoising_picture(
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            for level in watched_levels(schedule):
+            for level in watched_levels(schedule) if timesteps is None else timesteps:
                 noisy, restored = model.denoise(images, level, noise)
                 ratio = (schedule.sigmas[level] / schedule.gammas[level]).item()
                 rows += [(f"noise {ratio:.2f}", noisy), ("restored", restored)]
@@ -78,14 +84,23 @@ def denoising_picture(
     return mosaic(rows, processor)
 
 
-def mosaic(rows: Sequence[tuple[str, torch.Tensor]], processor: LDAEImageProcessor) -> Image.Image:
-    """Rows of images, a title and (n,C,H,W) in the processor's normalisation each, as one picture on white.
+def mosaic(
+    rows: Sequence[tuple[str, torch.Tensor]],
+    processor: LDAEImageProcessor | None = None,
+    columns: Sequence[str] = (),
+) -> Image.Image:
+    """Rows of images, a title and (n,C,H,W) each, as one picture on white.
 
     Values outside the range are clipped, NaN is black. Small images are enlarged, each pixel to a square; of large ones
     squares of pixels are averaged.
+
+    Args:
+        processor: in whose normalisation the images are; None for 0 ... 1. columns: titles above the first row.
     """
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    images = torch.stack([images.float().cpu() for _, images in rows]) * std + mean
+    images = torch.stack([images.float().cpu() for _, images in rows])
+    if processor is not None:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+        images = images * std + mean
     size, layout = images.shape[-1], images.shape[:2]
     images = F.avg_pool2d(images.nan_to_num(0).clamp(0, 1).flatten(0, 1), max(1, -(-size // LARGEST)))
     pixels = (images * 255).round().to(torch.uint8).unflatten(0, layout)
@@ -93,10 +108,14 @@ def mosaic(rows: Sequence[tuple[str, torch.Tensor]], processor: LDAEImageProcess
     pixels = pixels.repeat_interleave(times, -1).repeat_interleave(times, -2)
     pixels = F.pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
     images = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).contiguous().numpy())
-    picture = Image.new("RGB", (MARGIN + images.width, images.height), "white")
-    picture.paste(images, (MARGIN, 0))
+    top = HEADER if columns else 0
+    picture = Image.new("RGB", (MARGIN + images.width, top + images.height), "white")
+    picture.paste(images, (MARGIN, top))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for number, (title, _) in enumerate(rows):
-        middle = (number + 0.5) * images.height / len(rows)
+        middle = top + (number + 0.5) * images.height / len(rows)
         draw.text((2, middle), title, fill="black", font=font, anchor="lm")
+    for number, title in enumerate(columns):
+        middle = MARGIN + (number + 0.5) * images.width / layout[1]
+        draw.text((middle, top / 2), title, fill="black", font=font, anchor="mm")
     return picture

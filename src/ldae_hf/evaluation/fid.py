@@ -1,0 +1,201 @@
+"""From a model that generates to the Fréchet distance of its images, beside its floors: `ldae fid`."""
+
+import json
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, parse_flag_from_env
+
+from ..pipeline_ldae import LDAEPipeline
+from ..recipes import Recipe
+from ..training.circumstances import circumstances
+from ..training.data import ImageSource, load_images
+from ..training.session import TIMEOUT
+from .distances import distance_label, small_sample_warnings
+from .extractors import Extractor, load_extractor
+from .features import FEATURE_CACHE
+from .frechet import FeatureStatistics, frechet_distance
+from .generation_floors import noise_floor, real_floors, reference_statistics, statistics_of
+from .generators import load_generator
+from .ledger import append_to_ledger
+from .samples import SampleStore, Sampling, ShardedSamples
+
+
+NOISE_IMAGES = 10_000  # at most
+
+
+def run_fid(
+    source: str | Path | LDAEPipeline,
+    dataset: str | Path | dict | None = None,
+    *,
+    extractor: str | Path | Extractor,
+    split: str | None = None,
+    test_split: str | None = None,
+    num_samples: int = 50_000,
+    steps: int = 250,
+    sampler: str = "ancestral",
+    guidance: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    dtype: str = "float32",
+    weights: str | None = None,
+    samples_dir: str | Path | None = None,
+    num_workers: int = 2,
+    device: str | torch.device | None = None,
+    cache_dir: str | Path | None = FEATURE_CACHE,
+    output: str | Path | None = None,
+    ledger: str | Path | None = None,
+    progress: bool = True,
+) -> dict | None:
+    """The Fréchet distance between generated images and a data set, in squared units of the extractor's features.
+
+    The images are kept, and made only where they are missing. Processes that accelerate or torchrun started share them.
+
+    Args:
+        source, dtype, weights: as for [`load_generator`].
+        dataset: the reference, what [`load_images`] opens; by default the recipe's.
+        extractor: as for [`load_extractor`].
+        split, test_split: of the reference and of the floors; default `"train"` and `"test"`, or the recipe's where it
+            names the data set.
+        num_samples: how many images are generated.
+        steps, sampler, guidance, seed: as in [`Sampling`]. Sample i of a model with classes is of class i modulo these.
+        batch_size: images of a forward pass. num_workers: processes that decode images.
+        samples_dir: where the samples are kept; by default in `samples/` of the run.
+        device: by default the GPU if there is one.
+        cache_dir: where features of the data set are kept; None keeps nothing.
+        output: a JSON file for the result. ledger: a JSON-lines file that it is appended to.
+        progress: show progress bars.
+
+    Returns:
+        In the main process the result as plain JSON values: `frechet_distance`, that of each of the `floors` with its
+        number of `images`, `label` (the number's name), `warnings`, `protocol`, `images_per_second` of the generation
+        (None if nothing had to be generated), and the circumstances. In others None.
+
+    Raises:
+        ValueError: from the model, the extractor, the data set or the samples' folder; before anything is generated.
+    """
+    began, state = time.monotonic(), processes()
+    if device is None and state.num_processes > 1:
+        device = state.device
+    generator = load_generator(source, weights=weights, dtype=dtype, device=device)
+    pipeline, facts = generator.pipeline, generator.facts
+    device = pipeline.device
+    sampling = Sampling(sampler, steps, guidance, seed)
+    sampling.check(pipeline)
+    extractor = load_extractor(extractor, device)
+    drawn = sampling.facts(pipeline, facts["model"])
+    samples_dir = default_samples_dir(generator.folder, drawn) if samples_dir is None else Path(samples_dir)
+    store = SampleStore(samples_dir, drawn, pipeline.processor.image_size, num_samples)
+    store.check()
+    if state.is_main_process:
+        reference, test = open_images(dataset, split, test_split, generator.folder)
+        store.begin()
+    state.wait_for_everyone()
+    store.check()  # a process may have found a newer checkpoint than the main one did
+    if state.is_main_process:  # the others begin to generate
+        loading = dict(num_workers=num_workers, cache_dir=cache_dir, progress=progress, batch_size=batch_size)
+        compared, described = reference_statistics(extractor, reference, pipeline, **loading)
+        floors = real_floors(extractor, test, pipeline, **loading)
+        floors["noise"] = noise_floor(extractor, pipeline, seed, min(num_samples, NOISE_IMAGES), batch_size)
+
+    layout = dict(process=state.process_index, num_processes=state.num_processes, progress=progress)
+    samples = ShardedSamples(store, sampling, pipeline, batch_size=batch_size, **layout)
+    generated = statistics_of(extractor, (batch for images, _ in samples for batch in images.split(batch_size)), device)
+    generated, images_per_second = together(generated, samples, state)
+    if not state.is_main_process:
+        return None
+
+    counts = {"samples": num_samples, "reference images": compared.count, "test images": floors["real"].count}
+    protocol = {
+        "extractor": extractor.protocol
+        | {"name": extractor.name, "fingerprint": sha256(extractor.fingerprint.encode()).hexdigest()},
+        "reference": described,
+        "samples": {"count": num_samples, "weights": facts["weights"]}
+        | {key: drawn[key] for key in ("seed", "sampler", "steps", "guidance", "labels", "dtype", "scheduler")},
+        "model": facts["model"],
+        "encoder": facts["encoder"],
+    }
+    row = {
+        **{key: facts[key] for key in ("recipe", "tier", "overrides", "training")},
+        "task": "frechet_distance",
+        "name": facts["name"],
+        "label": distance_label(protocol),
+        "frechet_distance": frechet_distance(generated, compared),
+        "floors": {
+            name: {"frechet_distance": frechet_distance(floor, compared), "images": floor.count}
+            for name, floor in floors.items()
+        },
+        "warnings": small_sample_warnings(counts, extractor.dim),
+        "seconds": round(time.monotonic() - began, 1),
+        "images_per_second": images_per_second,
+        "protocol": protocol,
+    }
+    row = append_to_ledger(row, ledger) if ledger else circumstances() | row
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return row
+
+
+def processes() -> PartialState:
+    """The processes that accelerate or torchrun started, which know of each other from here on; one knows of no other.
+
+    Without a GPU they exchange through gloo, which accelerate starts only if it is told that it is on a CPU.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=TIMEOUT)
+
+
+def default_samples_dir(folder: Path | None, facts: dict) -> Path:
+    """`samples/` of a checkpoint's run, or of another local folder, and in it a name of what the samples are.
+
+    Raises:
+        ValueError: the model came from no folder.
+    """
+    if folder is None:
+        raise ValueError(
+            "Samples are kept beside a run; for a name on the Hub or a loaded pipeline, name a samples_dir."
+        )
+    folder = folder.resolve()
+    folder = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    return folder / "samples" / sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def open_images(
+    dataset: str | Path | dict | None, split: str | None, test_split: str | None, folder: Path | None
+) -> tuple[ImageSource, ImageSource]:
+    """The images of the reference and of the test split; what is not given, the recipe says.
+
+    Raises:
+        ValueError: nothing names a data set, or it has no such split.
+    """
+    defaults = {"train_split": "train", "test_split": "test"}
+    if dataset is None:
+        if folder is None or not (folder / "recipe.json").is_file():
+            raise ValueError("No data set is given, and no recipe beside the weights names one; name a data set.")
+        defaults = Recipe.load(folder).data
+        dataset = defaults["dataset"]
+    return (
+        load_images(dataset, split or defaults["train_split"]),
+        load_images(dataset, test_split or defaults["test_split"]),
+    )
+
+
+def together(
+    statistics: FeatureStatistics, samples: ShardedSamples, state: PartialState
+) -> tuple[FeatureStatistics, float | None]:
+    """Of all processes, the same in each: the statistics, and how many images were generated in a second."""
+    speed = torch.tensor([samples.made, samples.seconds], dtype=torch.float64)
+    if state.num_processes > 1:
+        parts = gather({key: value[None].to(state.device) for key, value in statistics.state_dict().items()})
+        made, seconds = gather(speed[None].to(state.device)).cpu().unbind(1)
+        speed = torch.stack([made.sum(), seconds.max()])
+        statistics = FeatureStatistics(statistics.extractor, statistics.dim)
+        for rank in range(state.num_processes):
+            part = {key: value[rank] for key, value in parts.items()}
+            statistics.merge(FeatureStatistics.from_state_dict(part, statistics.extractor))
+    made, seconds = speed.tolist()
+    return statistics, round(made / seconds, 2) if made else None

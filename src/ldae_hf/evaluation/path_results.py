@@ -1,0 +1,152 @@
+"""Both columns of the paper's Table 1 out of a ledger: the linear probe and the Fréchet distance of the same encoders,
+along the path. Distances that cannot be compared never share a table.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from ..recipes import Recipe, load_recipe
+from ..recipes.display import END_OF_PATH
+from .distances import comparison, distance_label
+from .ledger import LEDGER, read_ledger
+
+
+HEAD = ("step", "paper top-1", "paper FID", "top-1", "distance")
+
+
+@dataclass
+class PathStep:
+    """A recipe of the path, the paper's numbers, and ours of each encoder: top-1 in percent, distances and floors."""
+
+    recipe: str
+    paper_top1: float | None
+    paper_fid: float | None
+    top1: list[float] = field(default_factory=list)
+    distance: list[float] = field(default_factory=list)
+    floors: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class PathGroup:
+    """The path under distances that may be compared; `label` is the name of all of them."""
+
+    label: str
+    steps: list[PathStep]
+
+    def floors(self) -> dict[str, tuple[float, float]]:
+        """The smallest and the largest of each, over all steps."""
+        found = {}
+        for step in self.steps:
+            for name, values in step.floors.items():
+                found.setdefault(name, []).extend(values)
+        return {name: (min(values), max(values)) for name, values in found.items()}
+
+
+def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[PathGroup]:
+    """What a ledger says of the recipes of the path at one tier, in groups of comparable distances.
+
+    Results with overrides do not count, nor probes at another timestep than the recipe's or with noise; of several
+    results of an encoder the last one counts. Where encoders of a step have both numbers, only these are shown.
+
+    Args:
+        ledger: JSON lines, as `ldae probe` and `ldae fid` append them. tier: None is full size.
+
+    Returns:
+        Groups in the order in which they appear in the ledger.
+
+    Raises:
+        ValueError: there is no such file, a line in it is no result, or it has no distance of the path at this tier.
+    """
+    if not Path(ledger).is_file():
+        raise ValueError(f"There is no ledger {ledger}; `ldae probe` and `ldae fid` write one with --ledger.")
+    path = {name: load_recipe(name) for name in load_recipe(END_OF_PATH).steps}
+    probes: dict[str, dict[str, float]] = {name: {} for name in path}
+    groups: dict[str, dict[str, dict[str, dict]]] = {}  # comparison -> recipe -> encoder -> row
+    tiers = set()
+    for number, row in enumerate(read_ledger(ledger), start=1):
+        try:
+            recipe = path.get(row.get("recipe"))
+            if recipe is None or row["overrides"] or row["task"] not in ("linear_probe", "frechet_distance"):
+                continue
+            if row["task"] == "frechet_distance":
+                tiers.add(row["tier"] or "full size")
+                if row["tier"] == tier:
+                    group = groups.setdefault(comparison(row), {name: {} for name in path})
+                    group[recipe.name][row["protocol"]["encoder"]] = row
+            elif row["tier"] == tier and _as_recipe_says(row["protocol"]["features"], recipe):
+                probes[recipe.name][row["protocol"]["features"].get("encoder", f"of row {number}")] = float(row["top1"])
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{ledger}: row {number} is no result as `ldae probe` and `ldae fid` write it.") from error
+    if not groups:
+        there = (
+            f"; there are some at {', '.join(sorted(tiers))}" if tiers else "; measure some with `ldae fid --ledger`"
+        )
+        raise ValueError(f"{ledger} has no Fréchet distances of the path's recipes at {tier or 'full size'}{there}.")
+    return [
+        PathGroup(
+            distance_label(next(row for rows in group.values() for row in rows.values())["protocol"], seed=False),
+            [_step(path[name], probes[name], rows) for name, rows in group.items()],
+        )
+        for group in groups.values()
+    ]
+
+
+def choose_group(groups: list[PathGroup], number: int | None = None) -> PathGroup:
+    """The group of this number, from 1 on; without one, the only group that there is.
+
+    Raises:
+        ValueError: there are several, or none of this number; the message lists them.
+    """
+    if number is None and len(groups) == 1:
+        return groups[0]
+    if number is not None and 1 <= number <= len(groups):
+        return groups[number - 1]
+    labels = "; ".join(f"{place}: {group.label}" for place, group in enumerate(groups, start=1))
+    raise ValueError(f"Distances that cannot be compared share no figure; choose a group: {labels}.")
+
+
+def path_text(group: PathGroup, markdown: bool = False) -> str:
+    """A group as a table, below its label; the last lines are the floors, as they range over the steps.
+
+    A cell of ours is the mean over encoders, ± the standard deviation, in brackets their number.
+    """
+    rows = [HEAD]
+    for step in group.steps:
+        name = f"`{step.recipe}`" if markdown else step.recipe
+        paper = ["" if number is None else f"{number:.1f}" for number in (step.paper_top1, step.paper_fid)]
+        rows.append((name, *paper, summary(step.top1), summary(step.distance)))
+    for name, (low, high) in group.floors().items():
+        value = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} ... {high:.1f}"
+        rows.append((f"floor: {name}", "", "", "", value))
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([group.label, "", lines[0], "|---|---|---|---|---|", *lines[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([group.label, "", *lines])
+
+
+def summary(values: list[float]) -> str:
+    """As `41.4 ±0.6 (3)`; nothing of nothing."""
+    if not values:
+        return ""
+    spread = f" ±{stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread} ({len(values)})"
+
+
+def _as_recipe_says(features: dict, recipe: Recipe) -> bool:
+    """Whether a probe was of clean input at the recipe's timestep, as the paper's is."""
+    return (features["timestep"], features.get("noise", "clean")) == (recipe.model["feature_timestep"], "clean")
+
+
+def _step(recipe: Recipe, probes: dict[str, float], rows: dict[str, dict]) -> PathStep:
+    step = PathStep(recipe.name, recipe.paper.get("linear_probe_top1"), recipe.paper.get("fid"))
+    both = probes.keys() & rows.keys()
+    step.top1 = [top1 for encoder, top1 in probes.items() if not both or encoder in both]
+    for encoder, row in rows.items():
+        if not both or encoder in both:
+            step.distance.append(float(row["frechet_distance"]))
+            for name, floor in row["floors"].items():
+                step.floors.setdefault(name, []).append(float(floor["frechet_distance"]))
+    return step
