@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from ldae_hf.cli import app
+from ldae_hf.evaluation.path_results import path_groups, path_text
 from ldae_hf.evaluation.reconstruction import reconstruction_markdown
 from ldae_hf.recipes import load_recipe, sweep_names
 from ldae_hf.recipes.display import path_markdown
@@ -33,6 +34,12 @@ def test_the_path_table_is_what_the_command_prints():
 def test_the_table_of_tokenizers_is_what_the_command_prints():
     start = "<!-- tokenizer errors: ldae tokenizer table -->"
     assert between(start, "<!-- end of tokenizer errors -->") == reconstruction_markdown(LEDGER)
+
+
+def test_the_table_of_distances_is_what_the_command_prints():
+    start = "<!-- probe and distance: ldae results path --tier cpu --markdown -->"
+    [group] = path_groups(LEDGER, "cpu")
+    assert between(start, "<!-- end of probe and distance -->") == path_text(group, markdown=True)
 
 
 def commands() -> list[str]:

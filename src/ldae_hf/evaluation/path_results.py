@@ -67,7 +67,7 @@ def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[Pa
     for number, row in enumerate(read_ledger(ledger), start=1):
         try:
             recipe = path.get(row.get("recipe"))
-            if recipe is None or row["overrides"] or row["task"] not in ("linear_probe", "frechet_distance"):
+            if recipe is None or row.get("overrides") or row["task"] not in ("linear_probe", "frechet_distance"):
                 continue
             if row["task"] == "frechet_distance":
                 tiers.add(row["tier"] or "full size")
