@@ -330,3 +330,9 @@ def test_the_example_generates_denoises_and_changes_the_scheduler(folders, tmp_p
     }
     assert Image.open(tmp_path / "samples.png").size == (2 * 65 + 1, 2 * 65 + 1)
     assert (array(tmp_path / "samples.png") != array(tmp_path / "samples_dpm_solver.png")).any()
+
+
+def test_an_encoder_alone_is_refused_with_where_the_decoder_is(tmp_path):
+    pipeline_for("l_dae").model.ldae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds an encoder alone, which cannot generate; name the run's folder"):
+        load_generator(tmp_path)

@@ -366,6 +366,12 @@ def test_a_folder_that_names_other_parts_is_refused_before_any_is_loaded(labelle
             LDAEPipeline.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["someone/nothing", "no/such/folder", "../outside", "a\0b"])
+def test_a_name_that_is_neither_folder_nor_repository_is_said_to_be_neither(name):
+    with pytest.raises(OSError, match="is no folder here, and no pipeline can be had from the Hub"):
+        LDAEPipeline.from_pretrained(name)
+
+
 LOAD_FROM_HUB = """
 import torch
 from ldae_hf import LDAEPipeline

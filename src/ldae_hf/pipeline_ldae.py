@@ -110,7 +110,11 @@ class LDAEPipeline(DiffusionPipeline):
             where = {key: kwargs.pop(key) for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
             files = ["model_index.json", *(f"{part}/*.{end}" for part in PARTS for end in ("json", "safetensors"))]
             name = str(pretrained_model_name_or_path)
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **where))
+            try:
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, **where))
+            except (OSError, ValueError) as error:  # a name that is none, no network, no access
+                reason = " ".join(str(error).split())
+                raise OSError(f"{name} is no folder here, and no pipeline can be had from the Hub: {reason}") from error
         check_index(folder)
         dtype = kwargs.pop("torch_dtype", dtype)  # its older name
         if "model" not in kwargs:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS
@@ -15,7 +16,7 @@ from ..modeling_ldae import LDAEForPreTraining
 from ..pipeline_ldae import LDAEPipeline
 from ..progress import quietly
 from ..recipes import Recipe
-from ..training.checkpointing import EMA, newest_intact
+from ..training.checkpointing import EMA, WEIGHTS, newest_intact
 from .feature_maps import DTYPES, state_fingerprint
 
 
@@ -103,6 +104,13 @@ def _newest_checkpoint(checkpoints: Path) -> Path:
 def _of_checkpoint(folder: Path, weights: str | None) -> tuple[LDAEPipeline, str]:
     if (folder / MANIFEST).is_file():
         check_folder(folder)
+    if (folder / WEIGHTS).is_file():
+        with safe_open(folder / WEIGHTS, "pt") as tensors:
+            if not any(name.startswith("decoder.") for name in tensors.keys()):
+                raise ValueError(
+                    f"{folder} holds an encoder alone, which cannot generate; name the run's folder, whose checkpoints "
+                    "hold the decoder too."
+                )
     average = folder / EMA
     weights = weights or ("ema" if average.is_file() else "raw")
     with quietly():

@@ -134,6 +134,8 @@ class SampleStore:
         """Raises ValueError if the folder holds other samples than these, or may hold them."""
         try:
             held = json.loads((self.folder / FACTS).read_bytes())
+        except NotADirectoryError as error:
+            raise ValueError(f"{self.folder} is a file; samples need a folder.") from error
         except FileNotFoundError:
             if any(self.folder.glob("shard-*.safetensors")):
                 raise ValueError(f"{self.folder} does not say what its samples are ({FACTS}); delete it.") from None
