@@ -117,6 +117,7 @@ COMMANDS = [
     ["fid"],
     ["results"],
     ["results", "path"],
+    ["results", "samples"],
     ["tokenizer"],
     ["tokenizer", "train"],
     ["tokenizer", "evaluate"],

@@ -336,3 +336,16 @@ def test_an_encoder_alone_is_refused_with_where_the_decoder_is(tmp_path):
     pipeline_for("l_dae").model.ldae.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds an encoder alone, which cannot generate; name the run's folder"):
         load_generator(tmp_path)
+
+
+def test_models_are_shown_one_below_the_other_each_column_from_the_same_noise(folders, tmp_path):
+    output = tmp_path / "rows.png"
+    names = sorted(str(folder) for folder in folders.iterdir() if (folder / "model_index.json").is_file())
+    result = ldae(
+        "results", "samples", names[0], names[0], "--num-images", "3", "--steps", "3", "--output", str(output)
+    )
+    assert result.exit_code == 0, result.output
+    pixels = np.asarray(Image.open(output))
+    first, second = np.split(pixels[:, -3 * 66 :], 2)
+    assert (first == second).all() and first.std() > 10
+    assert (pixels[:, :60] < 128).any()  # a title

@@ -16,6 +16,32 @@ def results():
     """Results that were measured, as tables and figures."""
 
 
+@app.command("samples")
+def samples(
+    sources: Annotated[list[str], typer.Argument(help="Runs, checkpoints or pipelines, a row of images each.")],
+    num_images: Annotated[int, typer.Option(min=1, help="Of each.")] = 16,
+    steps: Annotated[int, typer.Option(help="Levels of noise that each passes through.")] = 50,
+    sampler: Annotated[str, typer.Option(help="ancestral (DDPM) or deterministic (DDIM).")] = "ancestral",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    output: Annotated[Path, typer.Option(help="The picture's file.")] = Path("samples.png"),
+):
+    """Paint images of several models, one below the other, each column from the same noise.
+
+    They are the first ones that ldae fid of the same sampler, steps and seed measures.
+
+    \b
+    ldae results samples runs/dit runs/patch-pca runs/l-dae --output path.png
+    """
+    from ldae_hf.evaluation.sample_pictures import check_picture_file, rows_of_models, save_picture
+    from ldae_hf.evaluation.samples import SAMPLERS
+
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
+    check_picture_file(output)
+    options = dict(num_inference_steps=steps, eta=SAMPLERS[sampler], seed=seed)
+    typer.echo(save_picture(rows_of_models(sources, num_images, **options), output))
+
+
 @app.command("path")
 def path(
     ledger: Annotated[Path, typer.Option(help="Results of ldae probe and ldae fid.")] = Path(

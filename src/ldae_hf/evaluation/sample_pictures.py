@@ -11,6 +11,7 @@ from ..image_processing_ldae import LDAEImageProcessor, read_image
 from ..noise_schedules import NoiseSchedule
 from ..pipeline_ldae import LDAEPipeline
 from ..training.pictures import SMALLEST, mosaic
+from .generators import load_generator
 from .sample_noise import noise_generators
 
 
@@ -94,6 +95,36 @@ def strip_picture(
     for number, noisy, clean in zip(numbers, *ways, strict=True):
         rows += [(f"{number} shown", noisy), ("restored", clean)]
     return mosaic(rows, columns=[*titles, "image"])
+
+
+def rows_of_models(
+    sources: Sequence[str | Path], count: int = 16, *, weights: str | None = None, **options
+) -> Image.Image:
+    """Images of the same numbers by several models, a row each, titled by recipe.
+
+    Where latents have the same shape, those in a column began with the same noise. Of a model with classes the images
+    take all of them in turn.
+
+    Args:
+        sources, weights: as [`load_generator`] takes them. count: images of each.
+        options: as in [`sample_images`].
+
+    Raises:
+        ValueError: the models' images are of different sizes, or what `load_generator` raises.
+    """
+    rows = []
+    for source in sources:
+        pipeline, facts, _ = load_generator(source, weights=weights)
+        pipeline.set_progress_bar_config(disable=True)
+        num_classes = pipeline.model.config.num_classes
+        labels = None if num_classes is None else range(num_classes)
+        images = torch.stack(sample_images(pipeline, range(count), labels, output_type="pt", **options)).cpu()
+        rows.append((facts["recipe"] or Path(source).name, images))
+    if len(sizes := {images.shape[-1] for _, images in rows}) > 1:
+        raise ValueError(
+            f"These models make images of {' and '.join(map(str, sorted(sizes)))} pixels; show them apart."
+        )
+    return mosaic(rows)
 
 
 def noise_to_signal(schedule: NoiseSchedule, timestep: int) -> float:

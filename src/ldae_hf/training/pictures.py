@@ -1,5 +1,6 @@
 """Pictures that show how a run is getting on: the same few images, corrupted in the same way, as restored so far."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from .sources import ImageSource
 
 NOISE_TO_SIGNAL = (0.25, 0.5, 1, 2)  # sigma_t / gamma_t: what makes the levels of different schedules comparable
 SMALLEST, LARGEST = 64, 128  # pixels per side, between which images are brought by a whole number, if one does
-MARGIN = 64  # pixels at the left, for the titles of the rows
+MARGIN = 64  # pixels at the left at least, for the titles of the rows
 HEADER = 16  # pixels at the top, for those of columns
 
 
@@ -108,14 +109,15 @@ def mosaic(
     pixels = pixels.repeat_interleave(times, -1).repeat_interleave(times, -2)
     pixels = F.pad(pixels, (1, 1, 1, 1), value=255).permute(0, 3, 1, 4, 2)  # rows, H, columns, W, C
     images = Image.fromarray(pixels.flatten(2, 3).flatten(0, 1).contiguous().numpy())
-    top = HEADER if columns else 0
-    picture = Image.new("RGB", (MARGIN + images.width, top + images.height), "white")
-    picture.paste(images, (MARGIN, top))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    font = ImageFont.load_default(11)
+    top, left = HEADER if columns else 0, max(MARGIN, *(math.ceil(font.getlength(title)) + 6 for title, _ in rows))
+    picture = Image.new("RGB", (left + images.width, top + images.height), "white")
+    picture.paste(images, (left, top))
+    draw = ImageDraw.Draw(picture)
     for number, (title, _) in enumerate(rows):
         middle = top + (number + 0.5) * images.height / len(rows)
         draw.text((2, middle), title, fill="black", font=font, anchor="lm")
     for number, title in enumerate(columns):
-        middle = MARGIN + (number + 0.5) * images.width / layout[1]
+        middle = left + (number + 0.5) * images.width / layout[1]
         draw.text((middle, top / 2), title, fill="black", font=font, anchor="mm")
     return picture
