@@ -3,17 +3,20 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from ldae_hf.cli import app
+from ldae_hf.evaluation.ledger import read_ledger
 from ldae_hf.evaluation.path_figure import path_figure
 from ldae_hf.evaluation.path_results import choose_group, path_groups, path_text
 from ldae_hf.recipes import load_recipe
 
 
+COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "ledger.jsonl"
 PATH = load_recipe("l_dae").steps
 
 
@@ -182,3 +185,11 @@ def test_the_figure_has_words_of_at_least_7_points_and_a_line_for_the_reconstruc
     for step in group.steps:
         step.floors.clear()
     assert "reconstruction" not in path_figure(group, tmp_path / "bare.svg").read_text()
+
+
+def test_every_distance_that_is_committed_lies_between_real_images_and_noise():
+    rows = [row for row in read_ledger(COMMITTED) if row["task"] == "frechet_distance"]
+    assert len(rows) >= 18
+    for row in rows:
+        real, noise = (row["floors"][name]["frechet_distance"] for name in ("real", "noise"))
+        assert real < row["frechet_distance"] < noise, row["name"]
