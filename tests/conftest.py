@@ -1,6 +1,7 @@
 """Settings that must stand before a Hugging Face library is imported, and the fixtures that all tests share."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",  # else the Hub client asks a server for a token
     "MPLBACKEND": "Agg",
 }
+# A shell starts what it puts in the background with Ctrl-C ignored; some tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests are small: threads would cost more than they bring, and their number changes the last bits of a sum.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
