@@ -159,6 +159,8 @@ class LDAEPipeline(DiffusionPipeline):
         check_output_type(output_type)
         labels = self._labels(class_labels, guidance_scale)
         batch_size = batch_size if labels is None else len(labels)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"There are {len(generator)} generators for {batch_size} images; give one, or one each.")
         model, scheduler, device = self.model, self.scheduler, self._execution_device
         step_options = self._step_options(eta, generator)
         scheduler.set_timesteps(num_inference_steps)  # on the CPU, from where a scheduler reads them without waiting
@@ -180,7 +182,7 @@ class LDAEPipeline(DiffusionPipeline):
                 levels = model.ldae.schedule.levels(level)
                 clean = clean_latents(target, tokenizer, prediction, noisy_latents, *levels)
                 seen = {"latents": latents, "noisy_latents": noisy_latents, "clean_latents": clean}
-                latents = (callback_on_step_end(self, number, int(timestep), seen) or seen)["latents"]
+                latents = (callback_on_step_end(self, number, int(timestep), seen) or {}).get("latents", latents)
         images = self._show(clean_patches(target, tokenizer, prediction, latents), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -46,6 +46,7 @@ def generate(
     ldae generate runs/dit --class-label 3 --guidance 2 --sampler ancestral --steps 250
     ldae generate runs/mine --scheduler DPMSolverMultistepScheduler --steps 20
     """
+    from ldae_hf import LDAEScheduler
     from ldae_hf.evaluation.generators import load_generator
     from ldae_hf.evaluation.sample_pictures import (
         check_picture_file,
@@ -65,8 +66,8 @@ def generate(
     if images_dir is not None and images_dir.exists():
         raise ValueError(f"{images_dir} is there already; name a new folder for the images.")
     pipeline, facts, _ = load_generator(source, weights=weights, dtype=dtype)
-    if scheduler is not None:
-        pipeline.scheduler = pipeline.scheduler.to_stock(scheduler)
+    own = LDAEScheduler.for_model(pipeline.model.config)  # a pipeline may have been saved with another
+    pipeline.scheduler = own if scheduler is None else own.to_stock(scheduler)
     pipeline.set_progress_bar_config(desc="steps", mininterval=0.1 if sys.stderr.isatty() else 30)
     num_classes = pipeline.model.config.num_classes
     if no_class:

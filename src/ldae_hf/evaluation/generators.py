@@ -68,6 +68,8 @@ def load_generator(
         elif weights is not None:
             raise ValueError(f"{source} is a pipeline, with the weights that it was saved with; leave weights out.")
         else:
+            if (folder / MANIFEST).is_file():
+                check_folder(folder)
             pipeline = LDAEPipeline.from_pretrained(source)
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe, training = None, None

@@ -65,6 +65,8 @@ def train_extractor(
         "epochs": epochs,
         "widths": list(widths),
         "seed": seed,
+        "image_column": image_column,
+        "label_column": label_column,
     }
     if (finished := _finished(output_dir, settings)) is not None:
         print(f"the extractor in {output_dir} is finished and is not trained again")
