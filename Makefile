@@ -5,6 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# CUDA builds, which beside a CPU build of torch break transformers: a folder of their own, where only comparisons look.
+PEERS := timm==1.0.31 torchvision==0.28.0
+# gradio asks for an older Pillow than the rest is tested with: an environment that finds in .venv what it lacks itself.
+DEMO := $(VENV)/demo
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 empty :=
 space := $(empty) $(empty)
 
@@ -13,7 +18,7 @@ space := $(empty) $(empty)
 export PIP_CONSTRAINT := file://$(subst $(space),%20,$(CURDIR))/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: help install quickstart test test-slow proofs proofs-long lint bench clean
+.PHONY: help install quickstart demo test test-slow test-demo proofs proofs-long lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what each target does.
@@ -26,16 +31,31 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --no-deps --upgrade --target .venv-peers $(PEERS) || \
+		echo "no $(PEERS): the tests that compare with timm will be skipped" >&2
 	@touch $(STAMP)
 
 quickstart: $(STAMP) ## Fit PCA, pre-train, probe and save a small l-DAE: no downloads, about 4 minutes on 2 cores.
 	$(RUN) examples/quickstart.py
+
+$(DEMO)/.installed: $(STAMP) constraints-demo.txt
+	$(RUN) -m venv --without-pip $(DEMO)
+	{ $(RUN) -c '$(SITE)'; echo "$(CURDIR)/src"; } > "$$($(DEMO)/bin/python -c '$(SITE)')/behind.pth"
+	PIP_CONSTRAINT= $(DEMO)/bin/python -m pip install -c constraints-demo.txt 'ldae-hf[demo]'
+	@touch $@
+
+demo: $(DEMO)/.installed ## Show a page to play with a model, by default the one in model_cards: make demo MODEL=runs/mine
+	$(DEMO)/bin/python examples/app.py $(MODEL)
 
 test: $(STAMP) ## Run the tests that take seconds; those that read data sets need LDAE_DATA to name their folder.
 	$(RUN) -m pytest -q
 
 test-slow: $(STAMP) ## Run the tests that take minutes.
 	$(RUN) -m pytest -q -m slow
+
+test-demo: $(DEMO)/.installed ## Open that page in a headless Chromium, if there is one, and use it.
+	PIP_CONSTRAINT= $(DEMO)/bin/python -m pip install -q -c constraints-demo.txt playwright
+	$(DEMO)/bin/python -m pytest -q -rs tests/test_app.py
 
 proofs: $(STAMP) ## Kill, signal, damage and starve small runs, and print what was lost: about 10 minutes.
 	$(RUN) tests/proofs
