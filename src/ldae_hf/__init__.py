@@ -7,6 +7,7 @@ accelerate are loaded at first use.
 from importlib import import_module
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -14,6 +15,8 @@ from transformers import (
     AutoModelForPreTraining,
 )
 
+from . import hub_names
+from .backbone_ldae import LDAEBackbone
 from .configuration_ldae import SIZES, LDAEConfig
 from .image_processing_ldae import LDAEImageProcessor
 from .modeling_ldae import LDAEForImageClassification, LDAEForPreTraining, LDAEModel
@@ -29,6 +32,7 @@ _LAZY = {
 
 __all__ = [
     "SIZES",
+    "LDAEBackbone",
     "LDAEConfig",
     "LDAEForImageClassification",
     "LDAEForPreTraining",
@@ -41,12 +45,14 @@ AutoConfig.register("ldae", LDAEConfig, exist_ok=True)
 AutoModel.register(LDAEConfig, LDAEModel, exist_ok=True)
 AutoModelForPreTraining.register(LDAEConfig, LDAEForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(LDAEConfig, LDAEForImageClassification, exist_ok=True)
+AutoBackbone.register(LDAEConfig, LDAEBackbone, exist_ok=True)
 # One class serves both back ends: it needs Pillow only, and "torchvision" is asked for where torchvision is installed.
 AutoImageProcessor.register(
     LDAEConfig,
     image_processor_classes={"pil": LDAEImageProcessor, "torchvision": LDAEImageProcessor},
     exist_ok=True,
 )
+hub_names.install()  # our bare names mean OWNER/NAME where they are read
 
 
 def __getattr__(name: str):

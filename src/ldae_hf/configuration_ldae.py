@@ -1,11 +1,14 @@
 """The configuration of l-DAE (arXiv 2401.14404): the sizes, the four keys of the path, and what goes together."""
 
 import math
+from dataclasses import fields
 from difflib import get_close_matches
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 # Width, blocks of encoder and decoder, heads. The decoder always has the encoder's size. "half_l" is the paper's
@@ -53,16 +56,33 @@ LEGAL_COMBINATIONS = {
     ("pixel", "image"): ORTHONORMAL_TOKENIZERS,
 }
 
+# The largest that are taken, far beyond any model that was ever trained: what is built from a configuration is sized by
+# it, and a config.json can come from anywhere.
+LARGEST = {
+    "hidden_size": 2**16,
+    "num_hidden_layers": 2**8,
+    "decoder_num_hidden_layers": 2**8,
+    "num_channels": 2**10,
+    "mlp_ratio": 2**10,
+    "conditioning_hidden_size": 2**20,
+    "num_train_timesteps": 2**20,
+    "num_classes": 2**20,
+    "num_labels": 2**17,
+}
+LARGEST_PATCH_DIM = 2**12  # its basis has the square of this
+LARGEST_POSITION_TABLE = 2**24  # num_patches · hidden_size
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
 # What transformers itself writes into a config.json, or passes to a configuration, beside the declared fields.
 _TRANSFORMERS_KEYS = frozenset(
     "_attn_implementation _commit_hash _name_or_path attn_implementation auto_map custom_pipelines "
-    "experts_implementation model_type name_or_path num_labels output_attentions per_layer_config "
-    "quantization_config tie_last_hidden_states torch_dtype".split()
+    "experts_implementation model_type name_or_path num_labels out_features out_indices output_attentions "
+    "quantization_config tie_last_hidden_states torch_dtype use_cache".split()
 )
 
 
 @strict
-class LDAEConfig(PreTrainedConfig):
+class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of [`LDAEModel`] and its heads. The defaults are the paper's final method (ViT-1/2L, K = 32).
 
     Args:
@@ -96,6 +116,8 @@ class LDAEConfig(PreTrainedConfig):
         feature_timestep (`int`): timestep at which features are taken; default 10, or the last if there are fewer.
         processor_fingerprint (`str`): sha256 of the PCA basis in the weights; set by `model.set_processor`.
         tokenizer_fingerprint (`str`): sha256 of a learned tokenizer; set by `model.set_tokenizer`.
+        out_features (`list[str]`), out_indices (`list[int]`): the stages that [`LDAEBackbone`] gives, among `stem`,
+            `stage1`, `stage2`, …, in this order; by default the last.
 
     Raises:
         ValueError: an unknown key, a value out of range, or keys that contradict each other.
@@ -133,26 +155,61 @@ class LDAEConfig(PreTrainedConfig):
     tokenizer_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):
-        known = set(self.__dataclass_fields__) | _TRANSFORMERS_KEYS
+        names = [field.name for field in fields(self)]  # in `__dataclass_fields__` are the class's variables too
         for key in kwargs:
-            if key not in known:
-                near = get_close_matches(key, self.__dataclass_fields__, n=1)
+            if key not in {*names, *_TRANSFORMERS_KEYS}:
+                near = get_close_matches(key, names, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise ValueError(f"LDAEConfig has no key {key!r}{hint}")
         if self.conditioning_hidden_size == "quarter":
             self.conditioning_hidden_size = max(1, self.hidden_size // 4)
         if self.feature_timestep is None:
             self.feature_timestep = min(10, self.num_noise_levels - 1)
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        if self.dtype is None:  # said always: transformers would open the weights to find out, whatever file they are
+            self.dtype = kwargs.pop("torch_dtype", None) or "float32"
+        self._check_transformers_keys(**kwargs)
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
         # @strict would run these too, but in alphabetical order, and wrap the sentence in one of its own.
         self.validate_values()
         self.validate_pairs()
+        self._out_features = self._out_indices = None
+        if out_features is not None or out_indices is not None:
+            stages = range(-len(self.stage_names), len(self.stage_names))
+            indices = out_indices if isinstance(out_indices, list | tuple) else ()
+            if not all(isinstance(index, int) and index in stages for index in indices):
+                raise ValueError(f"out_indices={out_indices!r} must be numbers of the stages {self.stage_names}.")
+            self.set_output_features_output_indices(out_features, out_indices)
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As transformers', but keys given beside the saved ones are checked with them, not written over them later."""
+        """As transformers', but keys given beside the saved ones are checked with them, not written over them later.
+
+        An installed class forgets the `auto_map` of a repository's own code, since what it saves has no code beside
+        it. How attention is computed is the caller's choice: a file could name somebody's kernels on the Hub.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This configuration is of a {model_type!r} model, not of {cls.model_type!r}; load it with AutoConfig."
+            )
         overrides = {key: kwargs.pop(key) for key in cls.__annotations__ if key in kwargs}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        forgotten = {"attn_implementation", "_attn_implementation"} | (
+            {"auto_map"} if cls._auto_class is None else set()
+        )
+        saved = {key: value for key, value in config_dict.items() if key not in forgotten}
+        return super().from_dict({**saved, **overrides}, **kwargs)
+
+    def to_dict(self) -> dict:
+        """As transformers', without the stages where none were chosen."""
+        stages = {"out_features", "out_indices"}
+        return {key: value for key, value in super().to_dict().items() if key not in stages or value is not None}
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What [`LDAEBackbone`] can give: the input of the first block, and the output of each."""
+        return ["stem", *(f"stage{number}" for number in range(1, self.num_hidden_layers + 1))]
 
     @property
     def patch_dim(self) -> int:
@@ -173,6 +230,21 @@ class LDAEConfig(PreTrainedConfig):
     def num_noise_levels(self) -> int:
         """Length of the noise schedule's table: timesteps run from 0 to this minus 1."""
         return 1 if self.noise_schedule == "single_level" else self.num_train_timesteps
+
+    def _check_transformers_keys(self, num_labels=None, quantization_config=None, **others):
+        """What transformers uses before, or without, looking at it."""
+        if str(self.dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
+        largest = LARGEST["num_labels"]
+        if num_labels is not None and not (isinstance(num_labels, int) and 0 < num_labels <= largest):
+            raise ValueError(f"num_labels={num_labels!r} must be an integer in 1 ... {largest}.")
+        labels = self.id2label
+        if labels is not None and (
+            not isinstance(labels, dict) or not labels or set(map(str, labels)) != set(map(str, range(len(labels))))
+        ):
+            raise ValueError("id2label must name every class by its number, from 0 on, without a gap.")
+        if not (quantization_config is None or isinstance(quantization_config, dict | QuantizationConfigMixin)):
+            raise ValueError(f"quantization_config={quantization_config!r} is no dictionary.")
 
     def validate_values(self):
         """Each value by itself: one of its names, or in its range."""
@@ -203,6 +275,10 @@ class LDAEConfig(PreTrainedConfig):
         ):
             if not 0 < getattr(self, key) < math.inf:  # NaN fails too
                 raise ValueError(f"{key}={getattr(self, key)} must be positive and finite.")
+        for key, largest in LARGEST.items():
+            value = getattr(self, key)
+            if not isinstance(value, str | None) and value > largest:
+                raise ValueError(f"{key}={value} is more than {largest}, the largest that is taken.")
         for key in ("residual_weight", "class_dropout_prob", "timestep_freq_shift"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}={getattr(self, key)} must lie in 0 ... 1.")
@@ -223,6 +299,16 @@ class LDAEConfig(PreTrainedConfig):
             )
         if self.intermediate_size < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves no MLP at hidden_size={self.hidden_size}.")
+        if self.patch_dim > LARGEST_PATCH_DIM:
+            raise ValueError(
+                f"patch_size={self.patch_size} with num_channels={self.num_channels} makes patches of "
+                f"{self.patch_dim} values, more than {LARGEST_PATCH_DIM}, the most that are taken."
+            )
+        if self.num_patches * self.hidden_size > LARGEST_POSITION_TABLE:
+            raise ValueError(
+                f"image_size={self.image_size} makes {self.num_patches} patches, too many for "
+                f"hidden_size={self.hidden_size}: the table of positions may hold {LARGEST_POSITION_TABLE} values."
+            )
         if self.latent_dim > self.patch_dim:
             raise ValueError(
                 f"latent_dim={self.latent_dim} exceeds the {self.patch_dim} values of a "

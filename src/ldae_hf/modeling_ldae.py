@@ -31,6 +31,7 @@ from .layers_ldae import (
     NoLabels,
     sincos_positions,
 )
+from .loading_ldae import SafeLoading
 from .noise_schedules import NoiseSchedule
 from .patch_tokenizers import TOKENIZERS, Tokenizer, patchify, unpatchify
 from .prediction_targets import NETWORK_INPUTS, PREDICTIONS, clean_latents, clean_patches
@@ -58,6 +59,7 @@ COMMON_KEYWORDS = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    "use_cache",
 }
 
 
@@ -67,7 +69,7 @@ def refuse_unknown(keywords: dict) -> None:
         raise TypeError(f"forward() has no argument {unknown[0]!r}; it takes pixel_values, timesteps and noise.")
 
 
-class LDAEPreTrainedModel(PreTrainedModel):
+class LDAEPreTrainedModel(SafeLoading, PreTrainedModel):
     """What the three models share: initialisation, loading that never invents weights, the PCA basis."""
 
     config_class = LDAEConfig
@@ -83,7 +85,6 @@ class LDAEPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": LDAELayer, "attentions": LDAEAttention}
     _keep_in_fp32_modules_strict = ["tokenizer", "schedule"]
-    _keys_that_may_be_new: tuple[str, ...] = ()
 
     def __init__(self, config: LDAEConfig, *args, **kwargs):
         config.validate_values()  # again: a configuration can be changed after its own check
@@ -115,40 +116,6 @@ class LDAEPreTrainedModel(PreTrainedModel):
             init.copy_(module.position_embeddings, sincos_positions(self.config.hidden_size, module.grid))
         elif isinstance(module, nn.BatchNorm1d):
             super()._init_weights(module)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs,
-    ):
-        """As [`~transformers.PreTrainedModel.from_pretrained`], but weights are loaded or the call fails.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of this class (only a classifier's head may be new, and one of
-                another shape only with `ignore_mismatched_sizes=True`).
-        """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        missing, mismatched = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
-        head = {key for key in model.state_dict() if key.startswith(cls._keys_that_may_be_new)}
-        new = head if head <= missing else set()  # a part of a head is a damaged head
-        new |= head & mismatched if ignore_mismatched_sizes else set()
-        lacking = sorted((missing | mismatched) - new)
-        if lacking:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold all weights of {cls.__name__}: {len(lacking)} are "
-                f"missing or have another shape, the first is {lacking[0]!r}; load the class and the configuration "
-                "that were saved (an encoder has no decoder), or train one."
-            )
-        schedule = model.base_model.schedule  # its tables follow the configuration, even if noise_schedule was changed
-        for table, value in zip((schedule.gammas, schedule.sigmas), schedule.tables(), strict=True):
-            table.copy_(value)
-        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def set_processor(self, processor) -> None:
@@ -463,7 +430,7 @@ class LDAEForImageClassification(LDAEPreTrainedModel):
 
         Further arguments (`timesteps`, `noise`, `output_hidden_states`, …) go to [`LDAEModel`].
         """
-        outputs = self.ldae(pixel_values, **kwargs)
+        outputs = self.ldae(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(self.batch_norm(outputs.pooler_output))
         # The keywords carry Trainer's `num_items_in_batch`: with it the loss is right under gradient accumulation.
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
