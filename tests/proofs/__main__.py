@@ -15,6 +15,7 @@ PROOFS = {  # name -> what it is told for the long form
     "damage": [],
     "bad_images": [],
     "faults": [],
+    "uploads": ["--count", "500"],
     "layouts": ["--long"],
     "signals": ["--repeat", "2", "--compile"],
     "kills": ["--count", "200"],
