@@ -43,6 +43,8 @@ FORKING = (
     "test_every_recipe.py",
     "test_samples.py",
     "test_fid.py",
+    "test_repository.py",
+    "test_push.py",
 )
 
 

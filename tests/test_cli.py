@@ -97,6 +97,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
 
 COMMANDS = [
     [],
+    ["card"],
     ["recipes"],
     ["recipes", "tree"],
     ["recipes", "show"],
@@ -105,6 +106,8 @@ COMMANDS = [
     ["data"],
     ["data", "check"],
     ["denoise"],
+    ["download"],
+    ["export"],
     ["extractor"],
     ["extractor", "train"],
     ["generate"],

@@ -18,10 +18,11 @@ PACKAGE = Path(ldae_hf.__file__).parent
 
 # Room (a module or a folder of the package) -> the rooms below it. "ldae_hf" is the package itself: its public names.
 LEAVES = {"configuration_ldae", "noise_schedules", "patch_tokenizers", "patch_covariance"}
-PARTS = {"layers_ldae", "prediction_targets"}
-MODELS = LEAVES | PARTS | {"modeling_ldae", "image_processing_ldae"}
+PARTS = {"layers_ldae", "loading_ldae", "prediction_targets"}
+MODELS = LEAVES | PARTS | {"modeling_ldae", "image_processing_ldae", "backbone_ldae"}
 BESIDE_THE_MODELS = {"scheduling_ldae", "latent_tokenizers", "pipeline_ldae"}  # they need diffusers
 FOLDERS = {"manifest", "golden"}  # what makes a folder checkable
+HUB = {"hub", "hub_names", "patience"}  # what touches the network
 MAY_IMPORT = {
     "manifest": set(),
     "progress": set(),
@@ -31,21 +32,34 @@ MAY_IMPORT = {
     "patch_tokenizers": {"configuration_ldae"},
     "patch_covariance": {"configuration_ldae"},
     "weights": set(),
+    "loading_ldae": {"configuration_ldae"},
     "layers_ldae": {"configuration_ldae"},
     "prediction_targets": {"configuration_ldae", "noise_schedules", "patch_tokenizers"},
     "modeling_ldae": LEAVES | PARTS,
+    "backbone_ldae": LEAVES | PARTS | {"modeling_ldae"},
     "image_processing_ldae": LEAVES,
     "scheduling_ldae": {"configuration_ldae", "noise_schedules"},
     "latent_tokenizers": {"configuration_ldae", "patch_tokenizers"},
     "pipeline_ldae": MODELS | {"scheduling_ldae", "latent_tokenizers"},
-    "ldae_hf": MODELS | BESIDE_THE_MODELS,
+    "patience": set(),
+    "hub_names": set(),
+    "hub": {"hub_names", "patience"},
+    "ldae_hf": MODELS | BESIDE_THE_MODELS | {"hub_names"},
     "recipes": {"configuration_ldae"},
+    "remote_code": set(),
+    "export": MODELS | {"manifest", "progress"},
+    "cards": MODELS | {"manifest", "recipes"},
     "model_checks": MODELS | {"golden", "latent_tokenizers", "progress", "recipes"},
     "verify": {"manifest", "golden", "model_checks", "image_processing_ldae", "latent_tokenizers"},
-    "training": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "progress"},
+    "training": MODELS | BESIDE_THE_MODELS | FOLDERS | HUB | {"ldae_hf", "recipes", "progress"},
+    "repository": MODELS
+    | BESIDE_THE_MODELS
+    | FOLDERS
+    | HUB
+    | {"cards", "export", "model_checks", "progress", "remote_code", "training"},
     "evaluation": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "progress", "training"},
-    "cli": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "training", "evaluation", "verify", "weights"},
 }
+MAY_IMPORT["cli"] = {room for room in MAY_IMPORT if not room.endswith("_ldae")}
 
 # Dependency -> the rooms that may know it. torchvision and timm break other parts of the stack just by being there.
 DOORS = {
@@ -54,7 +68,7 @@ DOORS = {
     "datasets": {"training", "evaluation"},
     "matplotlib": {"evaluation"},
     "typer": {"cli"},
-    "timm": set(),
+    "timm": {"export"},
     "torchvision": set(),
 }
 

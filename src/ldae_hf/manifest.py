@@ -49,10 +49,13 @@ def write_text(file: Path, text: str) -> None:
         raise
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], None], unlisted: tuple[str, ...] = ()) -> None:
     """Makes `folder` by calling `write(path)` on a fresh folder beside it, then hashing and renaming that.
 
     An existing `folder` is replaced only when the new one is complete; if writing fails, nothing of the new one stays.
+
+    Args:
+        unlisted: relative paths of files that the manifest leaves out, since people edit them.
 
     Raises:
         OSError: the disk is full, or something else is wrong with it. And whatever `write` raises.
@@ -63,7 +66,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         aside.mkdir(parents=True)
         write(aside)
         files = sorted(path for path in aside.rglob("*") if path.is_file())
-        write_text(aside / MANIFEST, manifest_text({str(file.relative_to(aside)): sha256(file) for file in files}))
+        names = {file.relative_to(aside).as_posix(): file for file in files}
+        digests = {name: sha256(file) for name, file in names.items() if name not in unlisted}
+        write_text(aside / MANIFEST, manifest_text(digests))
         for file in files:
             file.chmod((aside / MANIFEST).stat().st_mode)  # safetensors lets nobody else read its files
         for path in (*aside.rglob("*"), aside):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import IJepaModel
 
 from .configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
 from .golden import GOLDEN_FEATURES, golden_difference
@@ -145,6 +146,24 @@ class ModelFolder:
         difference, allowed = golden_difference(self.folder, model.base_model), TOLERANCES[self.dtype]
         sentence = f"golden features differ by {difference:.1e} in {self.dtype} on {model.device.type}"
         if not difference <= allowed:  # NaN too
+            raise Failed(f"{sentence}, more than {allowed:g}")
+        return sentence
+
+    @torch.no_grad()
+    def stock_features(self, stock: Path) -> str:
+        """What the folded encoder in transformers' own class makes of the fixed images."""
+        stated, known = json.loads((stock / CONFIG).read_text()), ("IJepaModel", "IJepaForImageClassification")
+        if not set(known) & set(stated.get("architectures") or ()):
+            raise Failed(f"{CONFIG} names the architectures {stated.get('architectures')!r}, not {known[0]}")
+        golden = load_file(self.folder / GOLDEN_FEATURES)
+        with quietly():
+            settings = dict(local_files_only=True, use_safetensors=True)
+            vit = IJepaModel.from_pretrained(stock, dtype=getattr(torch, self.dtype), **settings)
+        found = vit((golden["pixels"] / 127.5 - 1).to(vit.dtype)).last_hidden_state.float()
+        expected, allowed = golden["last_hidden_state"], TOLERANCES[self.dtype]
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        sentence = f"those of transformers' own class differ by {difference:.1e} in {self.dtype}"
+        if not difference <= allowed:
             raise Failed(f"{sentence}, more than {allowed:g}")
         return sentence
 

@@ -18,6 +18,7 @@ from .model_checks import CONFIG, PROCESSOR, TOLERANCES, WEIGHTS, Failed, ModelF
 
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
+ON_THE_HUB = (".gitattributes", "README.md")  # which are made or edited there
 TOKENIZER = "ldae_tokenizer.json"  # latent_tokenizers, which names it too, needs diffusers
 
 
@@ -32,7 +33,8 @@ class Check:
 
 
 def verify(folder: str | Path, dtype: str = "float32") -> list[Check]:
-    """Checks a model's folder, a processor's or a tokenizer's, or all of those in a run's.
+    """Checks a model's folder (with what a published repository has beside it), a processor's or a tokenizer's, or all
+    of those in a run's.
 
     Args:
         dtype: precision in which features are compared with the golden ones, `"float32"` or `"bfloat16"`.
@@ -50,7 +52,8 @@ def verify(folder: str | Path, dtype: str = "float32") -> list[Check]:
         if checks is None:
             raise ValueError(f"{folder} holds no model, processor or tokenizer, and is not the folder of a run.")
         needs_manifest = (folder / "training").is_dir() or (folder / GOLDEN_FEATURES).is_file()
-        return look(folder, {"hashes": lambda: hashes(folder, needs_manifest), **checks})
+        found = look(folder, {"hashes": lambda: hashes(folder, needs_manifest), **checks})
+        return found + checks_of_repository(folder, dtype)
     found = []
     for part in parts_of_run(folder):
         if part.name.endswith(".damaged"):
@@ -61,6 +64,16 @@ def verify(folder: str | Path, dtype: str = "float32") -> list[Check]:
         found += checks if part.is_dir() else gone
     if not found:
         raise ValueError(f"{folder} is the folder of a run that has written nothing yet.")
+    return found
+
+
+def checks_of_repository(folder: Path, dtype: str) -> list[Check]:
+    """What a published repository has beside the encoder, where it has it."""
+    stock, whole, found = folder / "vit", folder / "pretraining", []
+    if stock.is_dir():
+        found += look(stock, {"features": lambda: ModelFolder(folder, dtype).stock_features(stock)})
+    if whole.is_dir():
+        found += look(whole, {"hashes": lambda: hashes(whole, True), **(checks_of(whole, dtype) or {})})
     return found
 
 
@@ -116,7 +129,7 @@ def hashes(folder: Path, needs_manifest: bool) -> str:
     if damaged := [name for name, digest in digests.items() if not is_intact(folder, name, digest)]:
         raise Failed(f"missing, or not as written: {some(damaged)}")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    unlisted = sorted(files - set(digests) - {MANIFEST})
+    unlisted = sorted(files - set(digests) - {MANIFEST, *ON_THE_HUB})
     return f"{len(digests)} files as written" + (f"; not in the manifest: {some(unlisted)}" if unlisted else "")
 
 

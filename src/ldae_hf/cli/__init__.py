@@ -3,12 +3,16 @@
 import typer
 
 from . import data, extractor, recipes, results, tokenizer, weights
+from .card import card
+from .download import download
 from .evaluate import knn, probe
+from .export import export
 from .fid import fid
 from .generate import denoise, generate, pipeline
 from .options import PLAIN
 from .plan import plan
 from .pretrain import pretrain
+from .push import push
 from .replay import replay
 from .report import report
 from .verify import verify
@@ -41,6 +45,10 @@ app.command()(fid)
 app.command()(generate)
 app.command()(denoise)
 app.command()(pipeline)
+app.command()(export)
+app.command()(card)
+app.command()(push)
+app.command()(download)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(results.app, name="results")
 app.add_typer(weights.app, name="weights")

@@ -44,6 +44,10 @@ def pretrain(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A folder of `ldae tokenizer train`, instead of training one first.")
     ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(help="Begin with another training's weights: a run, a checkpoint, or a repository on the Hub."),
+    ] = None,
     perceptual_weights: PerceptualWeights = None,
     cache_latents: Annotated[
         bool, typer.Option(help="Encode every image once; for latent targets and centre crops.")
@@ -70,6 +74,16 @@ def pretrain(
     report_to: ReportTo = None,
     max_steps: MaxSteps = None,
     max_minutes: MaxMinutes = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            "--push_to_hub",
+            metavar="OWNER/NAME",
+            help="Push the run to this repository after each checkpoint, behind the training's back.",
+        ),
+    ] = None,
+    hub_private: Annotated[bool, typer.Option(help="A repository that is made for it is private.")] = False,
 ):
     """Pre-train l-DAE; running the same command again resumes.
 
@@ -77,6 +91,7 @@ def pretrain(
     ldae pretrain l_dae --tier cifar10 --output-dir runs/cifar10
     ldae pretrain random_crop --dataset path/to/images --output-dir runs/mine
     accelerate launch examples/pretrain.py size_l --output-dir runs/large    (several GPUs)
+    ldae pretrain l_dae --tier cifar10 --start-from you/your-encoder --push-to-hub you/another --output-dir runs/on
     """
     options = dict(locals())  # each option is the argument of the same name
     from ldae_hf.training import pretrain

@@ -7,10 +7,17 @@ import typer
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="An encoder, a checkpoint, a processor, a tokenizer, or a run.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="The folder of an encoder, a checkpoint, a processor, a tokenizer, a run or a repository, or a "
+            "repository's name on the Hub."
+        ),
+    ],
+    revision: Annotated[str | None, typer.Option(help="Of a repository on the Hub; default main.")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the features: float32 or bfloat16.")] = "float32",
 ):
-    """Check that a folder holds what was written, loads again as it was, and computes what it did.
+    """Check that a folder or a repository holds what was written, loads again as it was, and computes what it did.
 
     \b
       hashes    every file has the sha256 that the manifest notes, and the manifest its own
@@ -21,14 +28,25 @@ def verify(
       recipe    recipe.json describes the model
       finite    no NaN, no infinity, in the optimizer and the EMA neither
 
+    Of a published repository vit/ and pretraining/ are looked at too.
+
     \b
     ldae verify runs/mine
+    ldae verify you/your-encoder
     ldae verify runs/mine/encoder --dtype bfloat16
 
-    Exit code 0: nothing has failed. 1: something has. 2: there is no such folder.
+    Exit code 0: nothing has failed. 1: something has. 2: there is no such folder or repository.
     """
     from ldae_hf.verify import FAILED, verify
 
+    folder = Path(source)
+    if not folder.is_dir():
+        from ldae_hf.hub import fetch
+
+        try:
+            folder = fetch(source, revision=revision)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"There is no folder {source}, and from the Hub: {error}") from error
     checks = verify(folder, dtype)
     for check in checks:
         status = "FAILED" if check.status == FAILED else check.status
@@ -36,5 +54,5 @@ def verify(
         typer.echo(f"{status:11}  {where}{check.name}: {check.detail}")
     failed = sum(check.status == FAILED for check in checks)
     folders = len({check.folder for check in checks})
-    typer.echo(f"{folder}: {folders} {'folder' if folders == 1 else 'folders'}, {len(checks)} checks, {failed} failed")
+    typer.echo(f"{source}: {folders} {'folder' if folders == 1 else 'folders'}, {len(checks)} checks, {failed} failed")
     raise typer.Exit(1 if failed else 0)

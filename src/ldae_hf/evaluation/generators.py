@@ -5,18 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
-from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS
 from ..image_processing_ldae import LDAEImageProcessor
-from ..latent_tokenizers import LearnedTokenizer
 from ..manifest import MANIFEST, check_folder
-from ..modeling_ldae import LDAEForPreTraining
+from ..patch_tokenizers import ConvolutionalTokenizer
 from ..pipeline_ldae import LDAEPipeline
-from ..progress import quietly
 from ..recipes import Recipe
-from ..training.checkpointing import EMA, WEIGHTS, newest_intact
+from ..training.checkpointing import WEIGHTS
+from ..training.publishing import check_whole, load_published, newest_in_run
 from .feature_maps import DTYPES, state_fingerprint
 
 
@@ -60,7 +56,7 @@ def load_generator(
     else:
         folder = Path(source)
         if (folder / "checkpoints").is_dir():
-            folder = _newest_checkpoint(folder / "checkpoints")
+            folder = newest_in_run(folder / "checkpoints")
         if (folder / "config.json").is_file():
             pipeline, weights = _of_checkpoint(folder, weights)
         elif folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -94,38 +90,12 @@ def load_generator(
     return Generator(pipeline, facts, folder if folder is not None and folder.is_dir() else None)
 
 
-def _newest_checkpoint(checkpoints: Path) -> Path:
-    folder, problems = newest_intact(checkpoints)
-    for problem in problems:
-        print(f"warning: {problem}")
-    if folder is None:
-        raise ValueError(f"{checkpoints} holds no checkpoint yet; the model is in there once the first is written.")
-    return folder
-
-
 def _of_checkpoint(folder: Path, weights: str | None) -> tuple[LDAEPipeline, str]:
     if (folder / MANIFEST).is_file():
         check_folder(folder)
     if (folder / WEIGHTS).is_file():
-        with safe_open(folder / WEIGHTS, "pt") as tensors:
-            if not any(name.startswith("decoder.") for name in tensors.keys()):
-                raise ValueError(
-                    f"{folder} holds an encoder alone, which cannot generate; name the run's folder, whose checkpoints "
-                    "hold the decoder too."
-                )
-    average = folder / EMA
-    weights = weights or ("ema" if average.is_file() else "raw")
-    with quietly():
-        model = LDAEForPreTraining.from_pretrained(folder)
-    if weights == "ema":
-        if not average.is_file():
-            raise ValueError(f"{folder} has no moving average of its weights; take weights=raw.")
-        with torch.no_grad():
-            for name, value in load_file(average).items():
-                model.get_parameter(name).copy_(value)
-    vae = None
-    if model.config.tokenizer in CONVOLUTIONAL_TOKENIZERS:
-        learned = LearnedTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        model.set_tokenizer(learned)
-        vae = learned.autoencoder
+        check_whole(folder)
+    model, weights = load_published(folder, weights)
+    tokenizer = model.ldae.tokenizer
+    vae = tokenizer.autoencoder(model.device) if isinstance(tokenizer, ConvolutionalTokenizer) else None
     return LDAEPipeline(model, LDAEImageProcessor.from_pretrained(folder), vae=vae), weights

@@ -93,10 +93,11 @@ class CheckpointWriter:
 
     Args:
         folder: where they go, as `step-<step>`. keep: how many stay. writes: false in all but the main process.
+        written: called in the thread when one is on the disk.
     """
 
-    def __init__(self, folder: Path, keep: int, writes: bool):
-        self.folder, self.keep, self.writes = folder, keep, writes
+    def __init__(self, folder: Path, keep: int, writes: bool, written: Callable[[], None] = lambda: None):
+        self.folder, self.keep, self.writes, self.written = folder, keep, writes, written
         self._host: dict[str, Tensors] = {}  # written into again and again: fresh memory costs more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -159,6 +160,7 @@ class CheckpointWriter:
         try:
             self._check_finite(step)
             write_checkpoint(self.folder, step, lambda path: self._write_files(path, write_rest), self.keep)
+            self.written()
         except BaseException as error:
             self._error = error
 

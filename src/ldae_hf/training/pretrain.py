@@ -24,11 +24,13 @@ from ..manifest import MANIFEST, write_text
 from ..modeling_ldae import LDAEForPreTraining
 from ..recipes import load_recipe
 from .checkpointing import CheckpointWriter, load_checkpoint, save_checkpoint
+from .circumstances import commit, machine
 from .costs import training_flops_per_image
 from .data import load_images, loading_options, train_loader
 from .data_parallel import settle_buckets
 from .fit_pca import fit_processor
 from .hardware import peak_flops
+from .hub_push import BackgroundPush
 from .loop import Gradient, Loop
 from .memory import attention_of
 from .metrics_log import MetricsLog
@@ -40,6 +42,7 @@ from .run_folder import check_options, check_same_run, identity, newest_checkpoi
 from .session import RunError, Session, make_accelerator
 from .sharding import whole
 from .sources import ImageSource
+from .starting_point import StartingPoint, check_start
 from .token_cache import cache_tokens, check_cacheable
 from .tokenizers import check_given, check_trainable, tokenizer_for_run
 
@@ -64,6 +67,7 @@ def pretrain(
     label_column: str | None = None,
     processor: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    start_from: str | Path | None = None,
     perceptual_weights: str | Path | None = None,
     cache_latents: bool = False,
     quarantine: str | Path | None = None,
@@ -84,6 +88,8 @@ def pretrain(
     report_to: tuple[str, ...] | list[str] = (),
     max_steps: int | None = None,
     max_minutes: float | None = None,
+    push_to_hub: str | None = None,
+    hub_private: bool = False,
 ) -> Path | None:
     """Pre-trains l-DAE, or goes on with a run that stands in `output_dir`.
 
@@ -103,6 +109,8 @@ def pretrain(
             to the training crops.
         tokenizer: a folder that [`train_tokenizer`] wrote, for a recipe with a learned tokenizer; by default it is
             trained first, in `output_dir`. Its processor is used if no other is given.
+        start_from: another training's weights to begin with, instead of new ones: a run's folder, a checkpoint's, or a
+            published repository's, by its folder or its name on the Hub. Its processor and its tokenizer come with it.
         perceptual_weights: as in [`train_tokenizer`].
         cache_latents: encode every image once, in fp32, and train on what is kept; for latent targets and centre crops.
             (Without it images are encoded under the precision of the run.)
@@ -123,6 +131,8 @@ def pretrain(
         watched: images of which a picture is painted at evaluations, a hundred times in a run at most; 0 for none.
         report_to: accelerate's trackers beside the log, for example `"tensorboard"`.
         max_steps, max_minutes: stop early, with a checkpoint; the same command goes on from there.
+        push_to_hub: `owner/name` on the Hub, to which the run is pushed after each checkpoint and at its end, by a
+            process of its own (`push.log`) that cannot disturb it. hub_private: of a repository that is made for it.
 
     Returns:
         The encoder's folder, or None if the run stopped early.
@@ -159,9 +169,15 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     run = {"seed": seed, "recipe": recipe.to_dict()}
     check_same_run(output_dir, run)
     encoder = output_dir / "encoder"
+    push = BackgroundPush(output_dir, options.push_to_hub, options.hub_private, session)
     if (encoder / MANIFEST).is_file():
         accelerator.print(f"this run is finished; encoder: {encoder}")
+        push.finish()
         return encoder
+    check_start(options.start_from, options.processor, options.tokenizer)
+    start = None if options.start_from is None else StartingPoint(options.start_from, session)
+    if start is not None:
+        options.processor, options.tokenizer = start.folder, start.tokenizer
     dataset = data["dataset"] if options.dataset is None else options.dataset
     told = {
         key: getattr(options, key) for key in ("streaming", "image_column", "label_column", "num_images", "quarantine")
@@ -174,6 +190,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         check_cacheable(config, data, source)
     plan = Plan.derive(recipe, len(source), accelerator.num_processes, options.per_device_batch_size)
     run |= {"num_images": plan.num_images, "streaming": source.streaming, "left_out": source.left_out}
+    run |= {"start_from": start and start.fingerprint}
     check_same_run(output_dir, run)
     session.own()
     check_same_run(output_dir, run)  # again: another run may have begun here, and ended, since
@@ -213,6 +230,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     model.set_processor(processor)
     if learned is not None:
         model.set_tokenizer(learned)
+    if start is not None:
+        start.load_into(model)
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if options.compile:
@@ -223,6 +242,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     wrapped, _ = accelerator.prepare(model, optimizer)  # FSDP2 shards the parameters, in the optimizer too
     ema = None if plan.ema_decay is None else ExponentialMovingAverage(model, plan.ema_decay)
+    if start is not None:
+        start.load_average(ema)
 
     # ---- resume: the newest checkpoint, if there is one
     found = newest_checkpoint(output_dir / "checkpoints", session)
@@ -254,7 +275,9 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     accelerator.print("\n".join([f"{recipe.title}: {recipe.why}", *plan.lines()]))
     if step:
         accelerator.print(f"resuming at step {step:,} from {found}")
-    writer = CheckpointWriter(output_dir / "checkpoints", options.keep_checkpoints, accelerator.is_main_process)
+    writer = CheckpointWriter(
+        output_dir / "checkpoints", options.keep_checkpoints, accelerator.is_main_process, written=push.begin
+    )
     evaluate_every = options.evaluate_every or plan.steps_per_epoch
     paint_every = evaluate_every * -(-plan.total_steps // (evaluate_every * PICTURES))
     watched = None
@@ -265,13 +288,21 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         wrapped, lambda: wrapped(**blank_inputs(config, plan.per_device_batch_size, input_names, model)).loss
     )
 
+    told_of_training = {
+        "dataset": Path(source.name).name if Path(source.name).is_dir() else source.name,  # nobody's folders
+        "mixed_precision": options.mixed_precision,
+        "processes": accelerator.num_processes,
+        "machine": machine(),
+        "commit": commit(),
+    }
+
     def add_what_belongs_to_it(path: Path, step: int) -> None:
         processor.save_pretrained(path)
         if learned is not None:
             learned.save_pretrained(path / "tokenizer")
         recipe.save(path)
-        training = {"seed": seed, "steps": step, "images_seen": step * plan.global_batch_size}
-        write_text(path / "training.json", json.dumps(training, indent=2))
+        facts = {"seed": seed, "steps": step, "images_seen": step * plan.global_batch_size} | told_of_training
+        write_text(path / "training.json", json.dumps(facts, indent=2))
 
     def evaluate(step: int) -> None:
         with published(model, ema, session) as shown:
@@ -355,6 +386,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
 
     if step < plan.total_steps:
         accelerator.print(f"stopped at step {step:,} of {plan.total_steps:,}; run the same command again to go on")
+        push.finish()
         return None
     with published(model, ema, session) as shown:
         session.on_main(lambda: save_encoder(encoder, shown, partial(add_what_belongs_to_it, step=step)))
@@ -362,6 +394,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         flops = rate * training_flops_per_image(config)
         accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
     accelerator.print(f"encoder: {encoder}")
+    push.finish()
     return encoder
 
 

@@ -5,13 +5,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForPreTraining
 
+from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS
 from ..golden import write_golden_features
+from ..latent_tokenizers import LearnedTokenizer
 from ..manifest import write_folder
 from ..modeling_ldae import LDAEForPreTraining
-from .checkpointing import load_weights, quietly
+from ..progress import quietly
+from .checkpointing import EMA, WEIGHTS, load_weights, newest_intact
 from .optimization import ExponentialMovingAverage
 from .session import Session
 from .sharding import whole
@@ -66,3 +71,51 @@ def save_encoder(folder: Path, model: LDAEForPreTraining, extras: Callable[[Path
         extras(path)
 
     write_folder(folder, write)
+
+
+def newest_in_run(checkpoints: Path) -> Path:
+    """The newest intact checkpoint of a run; of damaged ones behind it a warning is printed.
+
+    Raises:
+        ValueError: there is none yet. DamagedError: all are damaged.
+    """
+    folder, problems = newest_intact(checkpoints)
+    for problem in problems:
+        print(f"warning: {problem}")
+    if folder is None:
+        raise ValueError(f"{checkpoints} holds no checkpoint yet; the model is in there once the first is written.")
+    return folder
+
+
+def check_whole(folder: Path) -> None:
+    """Raises ValueError if a model's folder has no decoder."""
+    with safe_open(folder / WEIGHTS, "pt") as tensors:
+        if not any(name.startswith("decoder.") for name in tensors.keys()):
+            raise ValueError(
+                f"{folder} holds an encoder alone; name the run's folder, whose checkpoints hold the decoder too, or a "
+                "published repository with its pretraining/."
+            )
+
+
+def load_published(checkpoint: Path, weights: str | None = None) -> tuple[LDAEForPreTraining, str]:
+    """A checkpoint's model in eval mode, with its convolutional tokenizer, and which weights it has.
+
+    Args:
+        weights: `"ema"` or `"raw"`; default the moving average, if there is one.
+
+    Raises:
+        ValueError: the moving average is asked for, and there is none, or the folder is no checkpoint.
+    """
+    average = checkpoint / EMA
+    weights = weights or ("ema" if average.is_file() else "raw")
+    with quietly():
+        model = LDAEForPreTraining.from_pretrained(checkpoint)
+    if weights == "ema":
+        if not average.is_file():
+            raise ValueError(f"{checkpoint} has no moving average of its weights; take weights=raw.")
+        with torch.no_grad():
+            for name, value in load_file(average).items():
+                model.get_parameter(name).copy_(value)
+    if model.config.tokenizer in CONVOLUTIONAL_TOKENIZERS:
+        model.set_tokenizer(LearnedTokenizer.from_pretrained(checkpoint, subfolder="tokenizer"))
+    return model, weights

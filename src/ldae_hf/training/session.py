@@ -137,6 +137,10 @@ class Session:
             self.accelerator.end_training()  # after another error other processes may not be there to end it with
         self._within.close()  # last: a launcher may send its signal once more
 
+    def at_exit(self, callback: Callable[[], None]) -> None:
+        """Has it called when the session ends, however it does."""
+        self._within.callback(callback)
+
     # ---- the run's folder
 
     def own(self) -> None:

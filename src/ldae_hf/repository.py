@@ -1,0 +1,191 @@
+"""Everything that a trained model is, as one repository of the Hub: built as a folder, whole or not at all.
+
+config.json, model.safetensors …   the encoder, as `AutoModel` loads it, with its processor and PCA, and its code
+tokenizer/                         a learned tokenizer, where there is one
+recipe.json, training.json, metrics.jsonl, golden_features.safetensors, exports.json, manifest.json
+pictures/, .eval_results/, README.md
+vit/, timm/                        the encoder folded into stock classes, for who does not have this package
+pretraining/                       the whole model with decoder, scheduler and moving average, to train on
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from .cards import write_card
+from .configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
+from .export import write_exports
+from .golden import GOLDEN_FEATURES, write_golden_features
+from .hub import check_repo_id, upload
+from .image_processing_ldae import BASIS_NAME, LDAEImageProcessor
+from .latent_tokenizers import LearnedTokenizer
+from .manifest import MANIFEST, check_folder, write_folder
+from .model_checks import CONFIG, PROCESSOR, WEIGHTS, ModelFolder
+from .modeling_ldae import LDAEForPreTraining, LDAEPreTrainedModel
+from .progress import quietly
+from .remote_code import write_auto_maps, write_remote_code
+from .scheduling_ldae import LDAEScheduler
+from .training.checkpointing import EMA
+from .training.pictures import mosaic
+from .training.publishing import load_published, newest_in_run
+from .training.starting_point import PRETRAINING
+
+
+BESIDE_THE_MODEL = (PROCESSOR, BASIS_NAME, "recipe.json", "training.json")
+TOKENIZER, PICTURES = "tokenizer", "pictures"
+# What an earlier push may have left of these, and this one does not have, is deleted.
+PARTS = (".eval_results/*", "pictures/*", "pretraining/*", "timm/*", "tokenizer/*", "vit/*")
+LOCK = "push.lock"
+EDITED = ("README.md",)  # on the Hub's pages too, so that no manifest can list it
+DIRECTIONS = 24  # of the PCA, that are painted
+
+
+def build_repository(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    rows: Iterable[dict] = (),
+    pictures: bool = True,
+) -> Path:
+    """Writes `folder`; one that was built before is replaced when the new one is complete.
+
+    Args:
+        source: a run's folder, finished or not, a checkpoint's, or that of an encoder or a classifier.
+        repo_id: `owner/name`, for the card.
+        rows: of a ledger; the card shows those of this model.
+        pictures: with the newest picture that the run painted, which shows images of the data set.
+
+    Raises:
+        ValueError: there is no such model, it has not been saved yet, or `folder` was not built here.
+        DamagedError: the model is not as it was written.
+    """
+    source, folder = Path(source), Path(folder)
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is there, and was not written as a repository; name another folder.")
+    encoder, checkpoint = parts_of(source)
+    for part in filter(None, (encoder, checkpoint)):
+        if (part / MANIFEST).is_file():
+            check_folder(part)
+
+    def write(path: Path) -> None:
+        if encoder is not None:
+            take(encoder, path, CONFIG, WEIGHTS, GOLDEN_FEATURES, TOKENIZER, *BESIDE_THE_MODEL)
+        else:
+            with quietly():
+                load_published(checkpoint)[0].ldae.save_pretrained(path)
+            take(checkpoint, path, TOKENIZER, *BESIDE_THE_MODEL)
+        model, processor = load_model(path), LDAEImageProcessor.from_pretrained(path)
+        model.check_processor(processor)
+        if not (path / GOLDEN_FEATURES).exists():
+            write_golden_features(path, model.base_model)
+        if model.config.tokenizer not in CONVOLUTIONAL_TOKENIZERS:
+            write_exports(path, model, processor)
+        if checkpoint is not None:
+            write_folder(path / PRETRAINING, lambda pretraining: write_pretraining(pretraining, checkpoint))
+        take(source, path, "metrics.jsonl")
+        (path / PICTURES).mkdir()
+        directions_picture(processor).save(path / PICTURES / "directions.png")
+        if pictures and (painted := sorted((source / PICTURES).glob("step-*.png"))):
+            shutil.copyfile(painted[-1], path / PICTURES / "denoising.png")
+        write_remote_code(path)
+        write_card(path, repo_id, rows)
+
+    write_folder(folder, write, unlisted=EDITED)
+    return folder
+
+
+def parts_of(source: Path) -> tuple[Path | None, Path | None]:
+    """The folders of the encoder and of the whole model, where there are any."""
+    if (source / "checkpoints").is_dir():
+        encoder = source / "encoder"
+        return encoder if (encoder / MANIFEST).is_file() else None, newest_in_run(source / "checkpoints")
+    if not (source / CONFIG).is_file():
+        raise ValueError(f"{source} holds no run, no checkpoint and no encoder; name a folder that does.")
+    whole = ModelFolder(source, "float32").model_class is LDAEForPreTraining
+    return (None, source) if whole else (source, None)
+
+
+def load_model(folder: Path) -> LDAEPreTrainedModel:
+    """An encoder or a classifier in float32, complete with its tokenizer."""
+    model = ModelFolder(folder, "float32").load(torch.float32)
+    if model.config.tokenizer in CONVOLUTIONAL_TOKENIZERS:
+        model.set_tokenizer(LearnedTokenizer.from_pretrained(folder, subfolder=TOKENIZER))
+    return model
+
+
+def take(source: Path, folder: Path, *names: str) -> None:
+    """Files and folders by name, those of them that are there."""
+    for name in names:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, copy_function=copy)
+        elif (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            copy(source / name, folder / name)
+
+
+def copy(source: str | Path, target: str | Path) -> None:
+    """A copy; of tensors, which nobody writes into, a second name of the same file where the disk can do that."""
+    if Path(source).suffix == ".safetensors":
+        with suppress(OSError):
+            return os.link(Path(source).resolve(), target)
+    shutil.copyfile(source, target)
+
+
+def write_pretraining(folder: Path, checkpoint: Path) -> None:
+    """What it takes to train on: the whole model, its scheduler, the moving average; no optimizer's state."""
+    take(checkpoint, folder, CONFIG, WEIGHTS, EMA, TOKENIZER, *BESIDE_THE_MODEL)
+    write_auto_maps(folder)  # the code itself lies at the repository's root
+    LDAEScheduler.for_model(LDAEConfig.from_pretrained(folder)).save_pretrained(folder / "scheduler")
+
+
+def directions_picture(processor: LDAEImageProcessor):
+    """The first directions of the PCA as patches, the largest value of each white or black, zero grey."""
+    side = processor.patch_size
+    directions = processor.components[: min(DIRECTIONS, processor.patch_dim)].reshape(-1, 3, side, side)
+    directions = directions / directions.abs().amax(dim=(1, 2, 3), keepdim=True)
+    rows = (directions / 2 + 0.5).split(8)
+    return mosaic([(f"{8 * number + 1} ...", row) for number, row in enumerate(rows) if len(row) == 8])
+
+
+def push_repository(
+    source: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, **options
+) -> str:
+    """Builds the repository, of a run in its `hub/`, and uploads what the Hub does not have of it; broken off, the same
+    call goes on.
+
+    Args:
+        source, options: as in [`build_repository`]. repo_id: `owner/name`. private: of a repository that is made.
+        revision: the branch, default `main`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: a bad name, no access, another push of the same run, or what `build_repository` raises.
+        OSError: the network, or the disk.
+    """
+    check_repo_id(repo_id)
+    source = Path(source)
+    is_run = (source / "checkpoints").is_dir()
+    with TemporaryDirectory() as elsewhere, one_at_a_time(source / LOCK) if is_run else nullcontext():
+        folder = source / "hub" if is_run else Path(elsewhere) / "repository"
+        build_repository(source, folder, repo_id=repo_id, **options)
+        return upload(folder, repo_id, private=private, revision=revision, delete_patterns=list(PARTS))
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Raises ValueError if another process is within it."""
+    with open(lock, "ab") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{lock.parent} is being pushed by another process; wait until that ends.") from error
+        yield
