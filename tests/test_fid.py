@@ -188,6 +188,11 @@ def test_a_loaded_pipeline_with_any_extractor_and_data_set_is_measured_too(check
     )
     with pytest.raises(ValueError, match="name a samples_dir"):
         run_fid(LDAEPipeline(model, processor), **options)
+    with pytest.raises(ValueError, match="has the weights that it was made with; leave weights out"):
+        run_fid(LDAEPipeline(model, processor), **options, weights="ema", samples_dir=tmp_path)
+    streams = {split: images.to_iterable_dataset() for split, images in data.items()}
+    with pytest.raises(ValueError, match="give a data set that is not a stream"):
+        run_fid(LDAEPipeline(model, processor), **options | {"dataset": streams}, samples_dir=tmp_path)
 
 
 def test_fewer_samples_than_dimensions_are_warned_of(checkpoint, extractor, row, tmp_path):

@@ -23,7 +23,7 @@ PATH = load_recipe("l_dae").steps
 def probe_row(recipe: str, encoder: str, top1: float, **changes) -> dict:
     features = {"encoder": encoder, "timestep": 10, "noise": "clean"}
     row = {"task": "linear_probe", "recipe": recipe, "tier": "cpu", "overrides": [], "top1": top1}
-    return row | {"protocol": {"features": features}} | changes
+    return row | {"protocol": {"features": features, "train": {"dataset": "cifar10"}}} | changes
 
 
 def distance_row(
@@ -128,11 +128,14 @@ def test_another_seed_of_the_samples_is_the_same_measure_and_an_encoders_last_on
 
 
 def test_results_that_are_not_the_recipes_do_not_count(ledger):
-    noisy = {"features": {"encoder": "e6", "timestep": 10, "noise": "frozen by sample id, seed 0"}}
+    features, data = {"encoder": "e6", "timestep": 10, "noise": "clean"}, {"dataset": "cifar10"}
+    noisy = {"features": features | {"noise": "frozen by sample id, seed 0"}, "train": data}
+    elsewhere = {"features": features, "train": {"dataset": "imagenette128"}}
     rows = [
         probe_row("replace_noise_schedule", "e6", 1.0, overrides=["train.epochs=1"]),
         probe_row("replace_noise_schedule", "e6", 1.0, tier="desk"),
         probe_row("replace_noise_schedule", "e6", 1.0, protocol=noisy),
+        probe_row("replace_noise_schedule", "e6", 1.0, protocol=elsewhere),
         probe_row("size_b", "e7", 1.0),
         distance_row("dit_baseline", "e1", 1.0, overrides=["train.epochs=1"]),
         {"task": "knn", "recipe": "l_dae", "tier": "cpu", "overrides": [], "top1": 1.0},

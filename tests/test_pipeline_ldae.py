@@ -311,6 +311,13 @@ def test_denoise_is_the_models_own_step_on_images_of_any_kind(labelled):
         labelled.denoise(pictures, 1000)
 
 
+def test_a_model_of_the_noise_does_not_restore_what_is_all_noise(processors):
+    pipeline = pipeline_of(processors, "linear_gamma_squared", "noise")
+    with pytest.raises(ValueError, match="At gamma = 0 nothing of the image is left"):
+        pipeline.denoise(smooth_images(2, seed=3), 999)
+    assert len(pipeline.denoise(smooth_images(2, seed=3), 998).images) == 2
+
+
 # -- saved and loaded -------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +361,8 @@ def test_a_folder_that_names_other_parts_is_refused_before_any_is_loaded(labelle
         {"model": ["subprocess", "Popen"]},
         {"model": ["transformers", "BertModel"]},
         {"scheduler": ["evil", "LDAEScheduler"]},
+        {"scheduler": ["diffusers", "AutoencoderKL"]},
+        {"scheduler": ["diffusers", "__loader__"]},
         {"vae": ["torch", "load"]},
         {"safety_checker": ["builtins", "eval"]},
     ):

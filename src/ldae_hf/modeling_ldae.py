@@ -399,10 +399,15 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         """The noisy images and the model's restorations of them, each (B,C,H,W) in the processor's normalisation.
 
         What the noisy image shows is mean + Vᵀ z_t / s, whatever space the network itself sees.
+
+        Raises:
+            ValueError: the model predicts noise, and a level holds no signal to find.
         """
         output = self(pixel_values, labels=labels, timesteps=timesteps, noise=noise)
         target, tokenizer, noisy_tokens = self.prediction_target, self.ldae.tokenizer, output.noisy_tokens
         levels = self.ldae.schedule.levels(output.timesteps)
+        if target.predicts_noise and not levels[0].all():
+            raise ValueError("At gamma = 0 nothing of the image is left, and a model of the noise cannot restore it.")
         latents = clean_latents(target, tokenizer, output.prediction, noisy_tokens, *levels)
         noisy, clean = tokenizer.decode(noisy_tokens), clean_patches(target, tokenizer, output.prediction, latents)
         grid = self.ldae.grid_of(pixel_values)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -326,10 +327,16 @@ def check_index(folder: Path) -> None:
     missing_vae = named.get("vae", [None, None]) == [None, None]
     expected = {name: part for name, part in PARTS.items() if name != "vae" or not missing_vae}
     stock = named.get("scheduler")
-    if isinstance(stock, list) and stock[:1] == ["diffusers"]:
+    if isinstance(stock, list) and len(stock) == 2 and stock[0] == "diffusers" and is_scheduler(stock[1]):
         expected["scheduler"] = stock
     if {name: part for name, part in named.items() if name != "vae" or not missing_vae} != expected:
         raise ValueError(f"{folder / 'model_index.json'} names other parts than LDAEPipeline has ({', '.join(PARTS)}).")
+
+
+def is_scheduler(name: object) -> bool:
+    """Whether diffusers has a scheduler of this name."""
+    found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return isinstance(found, type) and issubclass(found, SchedulerMixin)
 
 
 def check_output_type(output_type: str) -> None:

@@ -45,6 +45,7 @@ def push(
             raise ValueError(f"There is no ledger {ledger}.")
         rows = read_ledger(ledger)
     options = dict(rows=rows, pictures=pictures)
+    typer.echo(f"{source}: folding, exporting, comparing; a large model takes minutes", err=True)
     if dry_run is not None:
         typer.echo(build_repository(source, dry_run, repo_id=repo_id, **options))
     else:

@@ -178,10 +178,13 @@ def open_images(
             raise ValueError("No data set is given, and no recipe beside the weights names one; name a data set.")
         defaults = Recipe.load(folder).data
         dataset = defaults["dataset"]
-    return (
-        load_images(dataset, split or defaults["train_split"]),
-        load_images(dataset, test_split or defaults["test_split"]),
-    )
+    found = [
+        load_images(dataset, chosen or defaults[name])
+        for name, chosen in (("train_split", split), ("test_split", test_split))
+    ]
+    if any(source.streaming for source in found):
+        raise ValueError("A distance needs all images of its reference: give a data set that is not a stream.")
+    return tuple(found)
 
 
 def together(

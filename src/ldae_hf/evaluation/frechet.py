@@ -3,12 +3,8 @@
 With Inception's features it is FID. It depends on the extractor, and on the number of images: fewer give a larger one.
 """
 
-import os
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 
 ROWS = 1024  # that are held in float64 at once
@@ -113,33 +109,6 @@ class FeatureStatistics:
         statistics.mean += state["mean"].cpu()
         statistics.scatter += state["scatter"].cpu()
         return statistics
-
-    def save(self, file: str | Path) -> None:
-        """Writes a safetensors file, aside and renamed, so that it is always a whole one."""
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(self.state_dict(), aside, metadata={"extractor": self.extractor})
-        aside.replace(file)
-
-    @classmethod
-    def load(cls, file: str | Path) -> "FeatureStatistics":
-        """The inverse of `save`.
-
-        Raises:
-            ValueError: the file is not there, damaged, or holds something else.
-        """
-        if not Path(file).is_file():
-            raise ValueError(f"There is no file {file} with feature statistics.")
-        try:
-            with safe_open(file, "pt") as tensors:
-                extractor = (tensors.metadata() or {}).get("extractor")
-                state = {name: tensors.get_tensor(name) for name in tensors.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a safetensors file, or damaged ({error}); delete it.") from error
-        if extractor is None:
-            raise ValueError(f"{file} does not name the extractor of its features; they cannot be compared.")
-        return cls.from_state_dict(state, extractor)
 
 
 def check_comparable(first: FeatureStatistics, second: FeatureStatistics) -> None:

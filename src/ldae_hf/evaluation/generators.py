@@ -50,6 +50,8 @@ def load_generator(
     """
     if weights not in (None, "ema", "raw") or dtype not in DTYPES:
         raise ValueError(f"weights={weights!r} must be ema or raw, and dtype={dtype!r} one of {', '.join(DTYPES)}.")
+    if isinstance(source, LDAEPipeline) and weights is not None:
+        raise ValueError("A pipeline has the weights that it was made with; leave weights out.")
     if isinstance(source, LDAEPipeline):
         pipeline, folder, weights = source, None, None
         dtype = str(pipeline.model.dtype).removeprefix("torch.")

@@ -171,11 +171,12 @@ class Inception(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = (resize_as_tensorflow_1(pixels.float(), SIDE) - 128) / 128
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B,64,147,147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["reduce"](x)))  # (B,192,71,71)
-        x = POOLS["reduce"](x)
-        for name in BLOCKS:
-            x = self.get_submodule(name)(x)
+        with torch.backends.cudnn.flags(allow_tf32=False):  # which a GPU would round convolutions to
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B,64,147,147)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["reduce"](x)))  # (B,192,71,71)
+            x = POOLS["reduce"](x)
+            for name in BLOCKS:
+                x = self.get_submodule(name)(x)
         return x.mean(dim=(2, 3))
 
 

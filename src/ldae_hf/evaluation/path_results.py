@@ -46,8 +46,9 @@ class PathGroup:
 def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[PathGroup]:
     """What a ledger says of the recipes of the path at one tier, in groups of comparable distances.
 
-    Results with overrides do not count, nor probes at another timestep than the recipe's or with noise; of several
-    results of an encoder the last one counts. Where encoders of a step have both numbers, only these are shown.
+    Results with overrides do not count, nor probes at another timestep than the recipe's, with noise, or on another
+    data set than the distances' reference; of several results of an encoder the last one counts. Where encoders of a
+    step have both numbers, only these are shown.
 
     Args:
         ledger: JSON lines, as `ldae probe` and `ldae fid` append them. tier: None is full size.
@@ -61,7 +62,7 @@ def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[Pa
     if not Path(ledger).is_file():
         raise ValueError(f"There is no ledger {ledger}; `ldae probe` and `ldae fid` write one with --ledger.")
     path = {name: load_recipe(name) for name in load_recipe(END_OF_PATH).steps}
-    probes: dict[str, dict[str, float]] = {name: {} for name in path}
+    probes: dict[str, dict[str, tuple[str, float]]] = {name: {} for name in path}  # recipe -> encoder -> data, top-1
     groups: dict[str, dict[str, dict[str, dict]]] = {}  # comparison -> recipe -> encoder -> row
     tiers = set()
     for number, row in enumerate(read_ledger(ledger), start=1):
@@ -75,7 +76,8 @@ def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[Pa
                     group = groups.setdefault(comparison(row), {name: {} for name in path})
                     group[recipe.name][row["protocol"]["encoder"]] = row
             elif row["tier"] == tier and _as_recipe_says(row["protocol"]["features"], recipe):
-                probes[recipe.name][row["protocol"]["features"].get("encoder", f"of row {number}")] = float(row["top1"])
+                encoder = row["protocol"]["features"].get("encoder", f"of row {number}")
+                probes[recipe.name][encoder] = row["protocol"]["train"]["dataset"], float(row["top1"])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{ledger}: row {number} is no result as `ldae probe` and `ldae fid` write it.") from error
     if not groups:
@@ -83,13 +85,13 @@ def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[Pa
             f"; there are some at {', '.join(sorted(tiers))}" if tiers else "; measure some with `ldae fid --ledger`"
         )
         raise ValueError(f"{ledger} has no Fréchet distances of the path's recipes at {tier or 'full size'}{there}.")
-    return [
-        PathGroup(
-            distance_label(next(row for rows in group.values() for row in rows.values())["protocol"], seed=False),
-            [_step(path[name], probes[name], rows) for name, rows in group.items()],
-        )
-        for group in groups.values()
-    ]
+    found = []
+    for group in groups.values():
+        protocol = next(row for rows in group.values() for row in rows.values())["protocol"]
+        dataset = protocol["reference"]["dataset"]
+        steps = [_step(path[name], probes[name], rows, dataset) for name, rows in group.items()]
+        found.append(PathGroup(distance_label(protocol, seed=False), steps))
+    return found
 
 
 def choose_group(groups: list[PathGroup], number: int | None = None) -> PathGroup:
@@ -140,8 +142,9 @@ def _as_recipe_says(features: dict, recipe: Recipe) -> bool:
     return (features["timestep"], features.get("noise", "clean")) == (recipe.model["feature_timestep"], "clean")
 
 
-def _step(recipe: Recipe, probes: dict[str, float], rows: dict[str, dict]) -> PathStep:
+def _step(recipe: Recipe, probes: dict[str, tuple[str, float]], rows: dict[str, dict], dataset: str) -> PathStep:
     step = PathStep(recipe.name, recipe.paper.get("linear_probe_top1"), recipe.paper.get("fid"))
+    probes = {encoder: top1 for encoder, (data, top1) in probes.items() if data == dataset}
     both = probes.keys() & rows.keys()
     step.top1 = [top1 for encoder, top1 in probes.items() if not both or encoder in both]
     for encoder, row in rows.items():

@@ -16,7 +16,7 @@ from .. import __version__
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "numpy", "pillow")
+PACKAGES = "torch transformers diffusers accelerate datasets evaluate safetensors huggingface_hub numpy pillow".split()
 
 
 def circumstances() -> dict:

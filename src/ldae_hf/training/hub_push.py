@@ -14,6 +14,7 @@ LOG = "push.log"
 # What a launcher tells its processes: the pushing one is none of them, and has no business on a GPU.
 _LAUNCHER = ("ACCELERATE_", "FSDP_", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "RANK", "WORLD_SIZE")
 POLITE = 10  # added to the niceness
+GRACE = 5  # seconds between asking the process to end and ending it
 
 
 class BackgroundPush:
@@ -84,7 +85,11 @@ class BackgroundPush:
         """Ends a push that is under way; the next one goes on with it."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def last_words(self) -> str:
         """The last line of the log."""
