@@ -57,7 +57,7 @@ test-demo: $(DEMO)/.installed ## Open that page in a headless Chromium, if there
 	PIP_CONSTRAINT= $(DEMO)/bin/python -m pip install -q -c constraints-demo.txt playwright
 	$(DEMO)/bin/python -m pytest -q -rs tests/test_app.py
 
-proofs: $(STAMP) ## Kill, signal, damage and starve small runs, and print what was lost: about 10 minutes.
+proofs: $(STAMP) ## Kill, signal, damage and starve small runs, upload to a failing Hub; print what was lost: 10 minutes.
 	$(RUN) tests/proofs
 
 proofs-long: $(STAMP) ## The same with larger numbers, and a run on CIFAR-10 if LDAE_DATA is set: about 30 minutes.
