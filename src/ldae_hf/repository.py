@@ -3,7 +3,7 @@
 config.json, model.safetensors …   the encoder, as `AutoModel` loads it, with its processor and PCA, and its code
 tokenizer/                         a learned tokenizer, where there is one
 recipe.json, training.json, metrics.jsonl, golden_features.safetensors, exports.json, manifest.json
-pictures/, .eval_results/, README.md
+pictures/, results.jsonl, .eval_results/, README.md
 vit/, timm/                        the encoder folded into stock classes, for who does not have this package
 pretraining/                       the whole model with decoder, scheduler and moving average, to train on
 """
@@ -40,7 +40,7 @@ from .training.starting_point import PRETRAINING
 BESIDE_THE_MODEL = (PROCESSOR, BASIS_NAME, "recipe.json", "training.json")
 TOKENIZER, PICTURES = "tokenizer", "pictures"
 # What an earlier push may have left of these, and this one does not have, is deleted.
-PARTS = (".eval_results/*", "pictures/*", "pretraining/*", "timm/*", "tokenizer/*", "vit/*")
+PARTS = (".eval_results/*", "results.jsonl", "exports.json", "pictures/*", "pretraining/*", "timm/*", "tokenizer/*", "vit/*")
 LOCK = "push.lock"
 EDITED = ("README.md",)  # on the Hub's pages too, so that no manifest can list it
 DIRECTIONS = 24  # of the PCA, that are painted

@@ -23,7 +23,7 @@ from .facts import PLANNED, CardFacts, encoder_parameters, folded_parameters, pl
 from .results import Result, paper_and_ours
 
 
-CARD, EVAL_RESULTS = "README.md", ".eval_results"
+CARD, RESULTS, EVAL_RESULTS = "README.md", "results.jsonl", ".eval_results"
 UNKNOWN_DATA = {
     "hub_id": None,
     "licence": {"license": "unknown"},
@@ -80,7 +80,7 @@ def render_card(facts: CardFacts, repo_id: str | None = None, rows: Iterable[dic
 
 
 def write_card(folder: str | Path, repo_id: str | None, rows: Iterable[dict] = ()) -> None:
-    """Writes `README.md` and `.eval_results/` into a model repository's folder.
+    """Writes `README.md`, `results.jsonl` and `.eval_results/` into a model repository's folder.
 
     Arguments and errors are those of `read_facts` and `render_card`. In a folder without a model, the name of which is
     that of a planned checkpoint, it writes the card of that.
@@ -88,21 +88,24 @@ def write_card(folder: str | Path, repo_id: str | None, rows: Iterable[dict] = (
     folder, rows = Path(folder), list(rows)
     there = (folder / "config.json").exists() or folder.name not in PLANNED
     facts = read_facts(folder) if there else planned_facts(folder.name)
-    text, results = render_card(facts, repo_id, rows), [result for result in facts.results(rows) if hub_id(result)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CARD).write_text(text, encoding="utf-8")
-    for file in (folder / EVAL_RESULTS).glob("*.yaml"):
-        file.unlink()
-    for task in dict.fromkeys(result.task for result in results):
-        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
-        entries = [_entry(result) for result in results if result.task == task]
+    text, results = render_card(facts, repo_id, rows), facts.results(rows)
+    generated = {}
+    if results:
+        generated[RESULTS] = "".join(json.dumps(result.row, ensure_ascii=False) + "\n" for result in results)
+    for task in dict.fromkeys(result.task for result in results if hub_id(result)):
+        entries = [_entry(result) for result in results if result.task == task and hub_id(result)]
         content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
-        (folder / EVAL_RESULTS / f"{task}.yaml").write_text(content, encoding="utf-8")
+        generated[f"{EVAL_RESULTS}/{task}.yaml"] = content
+    before = [RESULTS, *(f"{EVAL_RESULTS}/{file.name}" for file in (folder / EVAL_RESULTS).glob("*.yaml"))]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in before:
+        (folder / name).unlink(missing_ok=True)
+    for name, content in {CARD: text, **generated}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
     if (folder / MANIFEST).exists():
-        digests = {
-            name: digest for name, digest in read_manifest(folder).items() if not name.startswith(f"{EVAL_RESULTS}/")
-        }
-        digests |= {f"{EVAL_RESULTS}/{file.name}": sha256(file) for file in (folder / EVAL_RESULTS).glob("*.yaml")}
+        digests = {name: digest for name, digest in read_manifest(folder).items() if name not in before}
+        digests |= {name: sha256(folder / name) for name in generated}
         write_text(folder / MANIFEST, manifest_text(digests))
 
 

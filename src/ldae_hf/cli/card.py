@@ -18,7 +18,7 @@ def card(
 ):
     """Write the cards of models anew, from what lies in their folders and the rows of a ledger.
 
-    Writes README.md and .eval_results/. What people have written into a README.md is replaced.
+    Writes README.md, results.jsonl and .eval_results/. What people have written into a README.md is replaced.
 
     \b
     ldae card model_cards/ldae-*
