@@ -40,7 +40,8 @@ from .training.starting_point import PRETRAINING
 BESIDE_THE_MODEL = (PROCESSOR, BASIS_NAME, "recipe.json", "training.json")
 TOKENIZER, PICTURES = "tokenizer", "pictures"
 # What an earlier push may have left of these, and this one does not have, is deleted.
-PARTS = (".eval_results/*", "results.jsonl", "exports.json", "pictures/*", "pretraining/*", "timm/*", "tokenizer/*", "vit/*")
+PARTS = [f"{folder}/*" for folder in (".eval_results", PICTURES, PRETRAINING, "timm", TOKENIZER, "vit")]
+PARTS += ["results.jsonl", "exports.json"]
 LOCK = "push.lock"
 EDITED = ("README.md",)  # on the Hub's pages too, so that no manifest can list it
 DIRECTIONS = 24  # of the PCA, that are painted
@@ -177,7 +178,7 @@ def push_repository(
     with TemporaryDirectory() as elsewhere, one_at_a_time(source / LOCK) if is_run else nullcontext():
         folder = source / "hub" if is_run else Path(elsewhere) / "repository"
         build_repository(source, folder, repo_id=repo_id, **options)
-        return upload(folder, repo_id, private=private, revision=revision, delete_patterns=list(PARTS))
+        return upload(folder, repo_id, private=private, revision=revision, delete_patterns=PARTS)
 
 
 @contextmanager
