@@ -1,7 +1,7 @@
 """A page to play with a model: noise put on an image and taken off again, its PCA, its features in colour.
 
     make demo                              (in a clone: makes an environment of its own, then shows the page)
-    python examples/app.py runs/mine       (after pip install 'ldae-hf[demo]')
+    python examples/app.py runs/mine       (with the extra `demo` of ldae-hf)
 
 The model is a run's folder, a checkpoint's, a pipeline's, an encoder's, or a name on the Hub; an encoder alone shows
 all but the restored image. This file is the whole of a Gradio Space: its README.md begins with `sdk: gradio`,

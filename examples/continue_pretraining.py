@@ -8,6 +8,7 @@ PCA and its moving average. The optimizer, and with it the warm-up, begin anew. 
 repository. The same from the command line: ldae pretrain RECIPE --start-from you/your-encoder.
 """
 
+import json
 from pathlib import Path
 
 import typer
@@ -27,10 +28,15 @@ def go_on(
     """Train on with the recipe of a published model, by default on its own data set, and push the result if asked."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = fetch(source, allow_patterns=["recipe.json", "pretraining/**"])
+        folder = fetch(source, allow_patterns=["recipe.json", "training.json", "pretraining/**"])
     elif (folder / "checkpoints").is_dir():
         folder = checkpoints(folder / "checkpoints")[-1]
     recipe = Recipe.load(folder)
+    trained_on = json.loads((folder / "training.json").read_text()).get("dataset")  # the recipe's, or another
+    if dataset is None and trained_on is not None and trained_on != recipe.data["dataset"]:
+        if trained_on.startswith("path/to/"):
+            raise typer.BadParameter(f"{source} was trained on somebody's own images, {trained_on}: give --dataset.")
+        dataset = trained_on
     overrides = [*recipe.overrides, *([f"train.epochs={epochs}"] if epochs else [])]
     encoder = pretrain(
         recipe.name,

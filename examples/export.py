@@ -6,6 +6,7 @@ At a fixed timestep l-DAE's encoder is a plain Vision Transformer. The same from
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import onnxruntime
 import torch
@@ -17,7 +18,10 @@ import ldae_hf  # noqa: F401 (AutoModel knows l-DAE then)
 from ldae_hf.export import fold, parity, parity_text, write_onnx, write_timm, write_transformers
 
 
-def export(encoder: str = "model_cards/ldae-cifar10", output_dir: Path = Path("exports/ldae-cifar10")):
+def export(
+    encoder: Annotated[str, typer.Argument()] = "model_cards/ldae-cifar10",
+    output_dir: Path = Path("exports/ldae-cifar10"),
+):
     """Fold an encoder, write it for three libraries, and compare what they make of two photographs."""
     model, processor = AutoModel.from_pretrained(encoder).eval(), AutoImageProcessor.from_pretrained(encoder)
     inputs = processor(load_sample_images().images, return_tensors="pt")
@@ -30,7 +34,9 @@ def export(encoder: str = "model_cards/ldae-cifar10", output_dir: Path = Path("e
     # For transformers: from here on ldae_hf is not needed.
     write_transformers(output_dir / "vit", model, processor)
     stock, stock_processor = (auto.from_pretrained(output_dir / "vit") for auto in (AutoModel, AutoImageProcessor))
-    inputs = stock_processor(load_sample_images().images, return_tensors="pt")
+    pixels = stock_processor(load_sample_images().images, return_tensors="pt")["pixel_values"]
+    far = (pixels - inputs["pixel_values"]).abs().max()
+    typer.echo(f"its own pixels: within {far:.1e}, at the border of the square that is cut out")
     with torch.no_grad():
         found = stock(**inputs).last_hidden_state.mean(dim=1)
     typer.echo(f"{output_dir / 'vit'}: {type(stock).__name__}, within {(found - features).abs().max():.1e}")

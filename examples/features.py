@@ -2,7 +2,7 @@
 
     python examples/features.py photographs --output features.safetensors
 
-Needs no more than `pip install ldae-hf`. The five lines with `processor`, `model`, `inputs` and `pooler_output` are all
+Needs none of ldae-hf's extras. The five lines with `processor`, `model`, `inputs` and `pooler_output` are all
 that other programs need; the rest reads a folder and writes a file, which `safetensors.torch.load_file` opens.
 """
 
@@ -26,7 +26,8 @@ def extract(
     batch_size: int = 64,
 ):
     """Write `features` (n,D), and in the metadata the names of the n files, in the same order."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in readable)
     if not files:
         raise typer.BadParameter(f"{folder} holds no image files.", param_hint="folder")
 

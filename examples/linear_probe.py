@@ -3,8 +3,8 @@
     python examples/linear_probe.py --dataset cifar10
     python examples/linear_probe.py --dataset path/to/imagefolder --train-split "train[:5000]" --epochs 30
 
-The paper's protocol: BatchNorm without affine and a linear layer on the mean over tokens, its learning rate chosen on
-held-out training images. The same from the command line: ldae evaluate linear-probe.
+A linear layer on the standardised mean over tokens of cached features, its learning rate chosen on held-out training
+images. The same from the command line: ldae probe.
 """
 
 from pathlib import Path

@@ -15,8 +15,9 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",  # else the Hub client asks a server for a token
     "MPLBACKEND": "Agg",
 }
-# A shell starts what it puts in the background with Ctrl-C ignored; some tests send one.
+# A shell starts what it puts in the background with Ctrl-C ignored, nohup with SIGHUP; some tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests are small: threads would cost more than they bring, and their number changes the last bits of a sum.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

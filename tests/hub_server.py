@@ -294,6 +294,7 @@ def connected(hub: Hub, cache: Path) -> Iterator[list[float]]:
     address = dict(ENDPOINT=hub.url, HUGGINGFACE_CO_URL_TEMPLATE=hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     with (
         mock.patch.multiple(constants, **address, HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(cache)),
+        mock.patch("transformers.utils.hub._hf_api", None),  # else one that an earlier test made, for another Hub
         mock.patch("time.sleep", lambda seconds: (waits.append(seconds), sleep(0.001))),
     ):
         yield waits

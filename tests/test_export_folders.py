@@ -1,5 +1,6 @@
 """What an export writes is loaded where ldae_hf was never installed, by the words that its docstring says."""
 
+import copy
 import json
 import os
 import runpy
@@ -14,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from test_export import CIFAR10, randomise, relative_difference
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 from ldae_hf import LDAEConfig, LDAEForImageClassification, LDAEForPreTraining, LDAEImageProcessor, LDAEModel
 from ldae_hf.cli import app
-from ldae_hf.export import write_exports
+from ldae_hf.export import export_folder, to_transformers, write_exports
 from ldae_hf.export.transformers_vit import stock_processor
 from ldae_hf.manifest import check_folder
 
@@ -255,6 +257,25 @@ def test_the_command_exports_an_encoder(tmp_path):
     result = ldae_export(CIFAR10, tmp_path / "out")
     assert f"AutoModel.from_pretrained('{tmp_path / 'out'}')" in result.output
     assert "transformers: last_hidden_state of 2 x 32x32 px within" in result.output
+
+
+def test_a_model_that_was_saved_in_half_precision_is_exported_in_full(models, processor, tmp_path):
+    half = LDAEModel.from_pretrained(CIFAR10, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    processor.save_pretrained(tmp_path / "half")
+    rows, _ = export_folder(tmp_path / "half", tmp_path / "vit")
+    assert max(row["relative_difference"] for row in rows) < 1e-5
+    pixel_values = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = LDAEModel.from_pretrained(tmp_path / "half", dtype="float32")(pixel_values).last_hidden_state
+        found = AutoModel.from_pretrained(tmp_path / "vit")(pixel_values).last_hidden_state
+    assert relative_difference(found, expected) < 1e-5
+
+
+def test_a_classifier_of_several_labels_at_once_stays_one(models):
+    model = copy.deepcopy(models["classifier"])
+    model.config.problem_type = "multi_label_classification"
+    assert to_transformers(model).config.problem_type == "multi_label_classification"
 
 
 def test_the_command_refuses_in_a_sentence_and_leaves_nothing(tmp_path):

@@ -259,6 +259,35 @@ def test_the_error_of_a_tokenizer_is_shown_with_the_models_that_have_it(facts):
     assert "0.0191" not in render_card(facts, None, [row])
 
 
+# ---- where it comes from
+
+
+def test_a_model_that_began_with_anothers_weights_says_so_and_has_none_of_that_ones_results(facts):
+    training = {"seed": 0, "steps": 3120, "start_from": "ab" * 32}
+    text = render_card(replace(published(facts), training=training), "a/b", OWN)
+    assert "| began with | weights of another training, `abababababab`…" in text
+    assert "51.4" not in text and "seen only" not in text and "whatever it was trained on besides" in text
+    own = [row | {"training": training, "top1": 33.3} for row in OWN]
+    assert "**33.3** | 1 |" in render_card(replace(facts, training=training), "a/b", own + OWN)
+    assert "33.3" not in render_card(facts, "a/b", OWN + own)
+
+
+def test_a_model_of_other_images_names_them_and_trains_on_with_them(facts):
+    training = facts.training | {"dataset": "path/to/cats"}
+    text = render_card(replace(published(facts), training=training), "a/b", OWN)
+    assert "Trained on path/to/cats." in text and "CIFAR-10" not in body(text).partition("## Use")[0]
+    assert "ldae pretrain l_dae --tier cifar10 --dataset path/to/cats --start-from a/b" in text
+    assert "51.4" not in text and "license: unknown" in text
+
+
+@pytest.mark.parametrize("loss", ["labels", "lpips"])
+def test_a_tokenizer_that_labels_have_taught_is_not_called_self_supervised(facts, loss):
+    recipe = replace(facts.recipe, tokenizer=facts.recipe.tokenizer | {"perceptual_loss": loss})
+    text = render_card(replace(facts, recipe=recipe), None, ROWS)
+    assert "without labels (the perceptual loss of its tokenizer had learned from some)" in text
+    assert "self-supervised-learning" in render_card(facts) and "- self-supervised-learning" not in text
+
+
 # ---- what a folder holds
 
 

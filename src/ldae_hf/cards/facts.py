@@ -39,6 +39,11 @@ class CardFacts:
     def has_weights(self) -> bool:
         return any(re.fullmatch(r"model[^/]*\.safetensors", name) for name in self.files)
 
+    @property
+    def tokenizer_learned_labels(self) -> bool:
+        """Whether the tokenizer's perceptual loss is on features of a network that was trained on labels."""
+        return self.recipe is not None and self.recipe.tokenizer.get("perceptual_loss") in ("labels", "lpips")
+
     def results(self, rows: Iterable[dict]) -> list[Result]:
         """Those of this encoder; a classifier's weights are others, and no row is of them."""
         if self.recipe is None or self.labels:

@@ -64,6 +64,7 @@ def render_card(facts: CardFacts, repo_id: str | None = None, rows: Iterable[dic
             on_hub=repo_id is not None or not facts.has_weights,
             parameters=encoder_parameters(config),
             folded=folded_parameters(config),
+            learned_labels=facts.tokenizer_learned_labels,
             data=data,
             training=_numbers_checked(next((r.row["training"] for r in accuracies), {}) | facts.training),
             results=results,
@@ -150,11 +151,12 @@ def _is_picture(file: str) -> bool:
 
 
 def _metadata(facts: CardFacts, name: str, data: dict, results: list[Result]) -> ModelCardData:
+    supervised = facts.config.num_classes is not None or facts.labels or facts.tokenizer_learned_labels
     tags = ["ldae", "l-dae", "denoising-autoencoder", "vision-transformer", "arxiv:2401.14404"]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification" if facts.labels else "image-feature-extraction",
-        tags=tags + (["self-supervised-learning"] if facts.config.num_classes is None and not facts.labels else []),
+        tags=tags + ([] if supervised else ["self-supervised-learning"]),
         datasets=[data["hub_id"]] if data["hub_id"] else None,
         metrics=["accuracy"] if any(result.is_accuracy for result in results) else None,
         model_name=name if results else None,

@@ -62,8 +62,9 @@ class Result:
 def results_of_model(rows: Iterable[dict], recipe: Recipe, config, training: dict) -> list[Result]:
     """The results of the model that was trained by `recipe` as `training` says; of equal ones the last row counts.
 
-    A row is this model's if recipe, tier, overrides, seed, steps and the basis of its PCA are; one of a tokenizer, if
-    the tokenizer is. Rows of the recipe's other runs only count in `Result.runs`.
+    A row is this model's if recipe, tier, overrides, data, seed, steps, the weights that it began with and the basis of
+    its PCA are; one of a tokenizer, if the tokenizer is. Rows of the recipe's other runs, on these data from these
+    weights, only count in `Result.runs`.
 
     Raises:
         ValueError: a row that should be this model's is not as our commands write it.
@@ -73,7 +74,7 @@ def results_of_model(rows: Iterable[dict], recipe: Recipe, config, training: dic
         if row.get("task") not in COMMANDS:
             continue
         try:
-            if not _is_of_recipe(row, recipe, config):
+            if not _is_of_recipe(row, recipe, config) or not _began_alike(row, recipe, training):
                 continue
             result, encoder = _result(row, recipe)
             key = (result.name, result.protocol)
@@ -125,6 +126,14 @@ def _is_of_recipe(row: dict, recipe: Recipe, config) -> bool:
         return config.tokenizer_fingerprint is not None and row["protocol"]["tokenizer"] == config.tokenizer_fingerprint
     found = (row["recipe"], row["tier"], row.get("overrides") or [])
     return found == (recipe.name, recipe.tier, recipe.overrides)
+
+
+def _began_alike(row: dict, recipe: Recipe, training: dict) -> bool:
+    """On the same data, from new weights or from the same ones; a tokenizer's row says nothing of either."""
+    if row["task"] == RECONSTRUCTION:
+        return True
+    default = {"dataset": recipe.data["dataset"], "start_from": None}
+    return all((row["training"] or {}).get(key, value) == training.get(key, value) for key, value in default.items())
 
 
 def _is_of_run(row: dict, config, training: dict) -> bool:

@@ -31,7 +31,7 @@ session, processor = onnxruntime.InferenceSession({file!r}), AutoImageProcessor.
 
 
 def load_foldable(source: str | Path) -> tuple[LDAEModel | LDAEForImageClassification, LDAEImageProcessor]:
-    """A classifier, or of anything else the encoder, with its processor.
+    """A classifier, or of anything else the encoder, with its processor, in float32 whatever it was saved in.
 
     Args:
         source: a folder, or a name on the Hub.
@@ -42,7 +42,7 @@ def load_foldable(source: str | Path) -> tuple[LDAEModel | LDAEForImageClassific
     config = LDAEConfig.from_pretrained(source)
     is_classifier = LDAEForImageClassification.__name__ in (config.architectures or ())
     with quietly():
-        model = (LDAEForImageClassification if is_classifier else LDAEModel).from_pretrained(source)
+        model = (LDAEForImageClassification if is_classifier else LDAEModel).from_pretrained(source, dtype="float32")
     check_foldable(model)
     processor = LDAEImageProcessor.from_pretrained(source)
     model.check_processor(processor)

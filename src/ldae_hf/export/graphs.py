@@ -93,7 +93,7 @@ def write_onnx_file(file: Path, folded: FoldedViT) -> None:
 def require(*packages: str) -> None:
     """Raises ValueError unless these packages of the extra `export` are installed."""
     if missing := [package for package in packages if find_spec(package) is None]:
-        raise ValueError(f'ONNX needs {" and ".join(missing)}, not installed here: pip install "ldae-hf[export]".')
+        raise ValueError(f"ONNX needs {' and '.join(missing)}, not installed here; install ldae-hf's extra `export`.")
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def ijepa_config(config: LDAEConfig) -> IJepaConfig:
         layer_norm_eps=float(config.layer_norm_eps),
         id2label=config.id2label,
         label2id=config.label2id,
+        problem_type=config.problem_type,
     )
 
 

@@ -289,7 +289,9 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     )
 
     told_of_training = {
-        "dataset": Path(source.name).name if Path(source.name).is_dir() else source.name,  # nobody's folders
+        # Where somebody's folders are is nobody's business.
+        "dataset": f"path/to/{Path(source.name).name}" if Path(source.name).is_dir() else source.name,
+        "start_from": run["start_from"],
         "mixed_precision": options.mixed_precision,
         "processes": accelerator.num_processes,
         "machine": machine(),
