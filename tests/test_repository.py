@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification
 from typer.testing import CliRunner
 
-from ldae_hf import LDAEForImageClassification, LDAEForPreTraining, LDAEImageProcessor, LDAEModel, LDAEScheduler
+from ldae_hf import (
+    LDAEForImageClassification,
+    LDAEForPreTraining,
+    LDAEImageProcessor,
+    LDAEModel,
+    LDAEScheduler,
+    repository,
+)
 from ldae_hf.cli import app
 from ldae_hf.golden import golden_pixels
 from ldae_hf.manifest import DamagedError
@@ -200,6 +207,22 @@ def test_a_damaged_model_and_a_folder_without_one_are_not_published(run, tmp_pat
         build_repository(damaged, tmp_path / "repository")
     with pytest.raises(ValueError, match="holds no run, no checkpoint and no encoder"):
         build_repository(tmp_path, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_gives_no_half_repository(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    newest = checkpoints(copy / "checkpoints")[-1]
+    write = repository.write_pretraining
+
+    def removed_meanwhile(folder, checkpoint):
+        (checkpoint / "training" / "ema.safetensors").unlink()
+        write(folder, checkpoint)
+        newest.rename(newest.with_name(f".{newest.name}.old"))
+
+    monkeypatch.setattr(repository, "write_pretraining", removed_meanwhile)
+    with pytest.raises(OSError, match="was removed by its run while it was read; push once more"):
+        build_repository(copy, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 
 

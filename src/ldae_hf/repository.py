@@ -97,6 +97,8 @@ def build_repository(
             shutil.copyfile(painted[-1], path / PICTURES / "denoising.png")
         write_remote_code(path)
         write_card(path, repo_id, rows)
+        if checkpoint is not None and not checkpoint.is_dir():  # else all that was taken of it was whole
+            raise OSError(f"{checkpoint} was removed by its run while it was read; push once more.")
 
     write_folder(folder, write, unlisted=EDITED)
     return folder

@@ -28,7 +28,8 @@ def push(
       AutoModel.from_pretrained("OWNER/NAME", subfolder="vit")  everywhere: transformers' own ViT, nothing to install
       ldae pretrain … --start-from OWNER/NAME                   trains on
 
-    Log in with `hf auth login`, or set HF_TOKEN. Broken off, the same command goes on with what is missing.
+    Log in with `hf auth login`, or set HF_TOKEN. Broken off, the same command goes on with what is missing. A card that
+    was edited on the Hub is replaced; its history keeps it.
 
     \b
     ldae push runs/mine you/your-encoder --private

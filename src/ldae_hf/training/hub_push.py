@@ -33,7 +33,7 @@ class BackgroundPush:
     def __init__(self, folder: Path, repo_id: str | None, private: bool, session: Session):
         if repo_id is not None:
             check_repo_id(repo_id)
-            write_token(None, repo_id)
+            session.on_main(lambda: write_token(None, repo_id))
         self.folder, self.repo_id, self.session = folder, repo_id, session
         self.command = [sys.executable, "-m", "ldae_hf.cli", "push", str(folder), str(repo_id)]
         self.command += ["--private"] if private else []
