@@ -41,7 +41,7 @@ quickstart: $(STAMP) ## Fit PCA, pre-train, probe and save a small l-DAE: no dow
 $(DEMO)/.installed: $(STAMP) constraints-demo.txt
 	$(RUN) -m venv --without-pip $(DEMO)
 	{ $(RUN) -c '$(SITE)'; echo "$(CURDIR)/src"; } > "$$($(DEMO)/bin/python -c '$(SITE)')/behind.pth"
-	PIP_CONSTRAINT= $(DEMO)/bin/python -m pip install -c constraints-demo.txt 'ldae-hf[demo]'
+	PIP_CONSTRAINT= $(DEMO)/bin/python -m pip install -c constraints-demo.txt -e '.[demo]'
 	@touch $@
 
 demo: $(DEMO)/.installed ## Show a page to play with a model, by default the one in model_cards: make demo MODEL=runs/mine

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import IJepaModel
+from transformers import IJepaForImageClassification, IJepaModel
 
 from .configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
 from .golden import GOLDEN_FEATURES, golden_difference
@@ -152,13 +152,14 @@ class ModelFolder:
     @torch.no_grad()
     def stock_features(self, stock: Path) -> str:
         """What the folded encoder in transformers' own class makes of the fixed images."""
-        stated, known = json.loads((stock / CONFIG).read_text()), ("IJepaModel", "IJepaForImageClassification")
-        if not set(known) & set(stated.get("architectures") or ()):
-            raise Failed(f"{CONFIG} names the architectures {stated.get('architectures')!r}, not {known[0]}")
+        architectures = json.loads((stock / CONFIG).read_text()).get("architectures")
+        known = {stock_class.__name__: stock_class for stock_class in (IJepaModel, IJepaForImageClassification)}
+        if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in known:
+            raise Failed(f"{CONFIG} names the architectures {architectures!r}, not one of {', '.join(known)}")
         golden = load_file(self.folder / GOLDEN_FEATURES)
+        settings = dict(local_files_only=True, use_safetensors=True)
         with quietly():
-            settings = dict(local_files_only=True, use_safetensors=True)
-            vit = IJepaModel.from_pretrained(stock, dtype=getattr(torch, self.dtype), **settings)
+            vit = known[architectures[0]].from_pretrained(stock, dtype=getattr(torch, self.dtype), **settings).base_model
         found = vit((golden["pixels"] / 127.5 - 1).to(vit.dtype)).last_hidden_state.float()
         expected, allowed = golden["last_hidden_state"], TOLERANCES[self.dtype]
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
