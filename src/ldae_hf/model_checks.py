@@ -157,9 +157,9 @@ class ModelFolder:
         if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in known:
             raise Failed(f"{CONFIG} names the architectures {architectures!r}, not one of {', '.join(known)}")
         golden = load_file(self.folder / GOLDEN_FEATURES)
-        settings = dict(local_files_only=True, use_safetensors=True)
+        settings = dict(dtype=getattr(torch, self.dtype), local_files_only=True, use_safetensors=True)
         with quietly():
-            vit = known[architectures[0]].from_pretrained(stock, dtype=getattr(torch, self.dtype), **settings).base_model
+            vit = known[architectures[0]].from_pretrained(stock, **settings).base_model
         found = vit((golden["pixels"] / 127.5 - 1).to(vit.dtype)).last_hidden_state.float()
         expected, allowed = golden["last_hidden_state"], TOLERANCES[self.dtype]
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
