@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import IJepaForImageClassification, IJepaModel
+from transformers import IJepaConfig, IJepaForImageClassification, IJepaModel
 
 from .configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
 from .golden import GOLDEN_FEATURES, golden_difference
@@ -21,6 +21,7 @@ from .recipes import Recipe
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 MODELS = {model.__name__: model for model in (LDAEModel, LDAEForPreTraining, LDAEForImageClassification)}
+SHAPE = "image_size patch_size num_channels hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 FINGERPRINTS = {"processor_fingerprint", "tokenizer_fingerprint"}  # of the training, which no recipe knows
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}  # of golden features, relative to the largest of them
 ROUNDING = 1e-5  # more than the sines and products of another machine differ by
@@ -152,10 +153,14 @@ class ModelFolder:
     @torch.no_grad()
     def stock_features(self, stock: Path) -> str:
         """What the folded encoder in transformers' own class makes of the fixed images."""
-        architectures = json.loads((stock / CONFIG).read_text()).get("architectures")
+        stated = json.loads((stock / CONFIG).read_text())
+        architectures = stated.get("architectures")
         known = {stock_class.__name__: stock_class for stock_class in (IJepaModel, IJepaForImageClassification)}
         if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in known:
             raise Failed(f"{CONFIG} names the architectures {architectures!r}, not one of {', '.join(known)}")
+        shape, ours = IJepaConfig.from_dict(stated), self.config
+        if other := [name for name in SHAPE if getattr(shape, name) != getattr(ours, name)]:  # or it could be any size
+            raise Failed(f"{CONFIG} is not of the encoder's shape: see {some(other)}")
         golden = load_file(self.folder / GOLDEN_FEATURES)
         settings = dict(dtype=getattr(torch, self.dtype), local_files_only=True, use_safetensors=True)
         with quietly():
