@@ -137,7 +137,9 @@ def test_other_weights_in_the_stock_model_are_found_where_the_manifest_is_right(
     ]
 
 
-@pytest.mark.parametrize("lie", [{"num_hidden_layers": 10**9}, {"architectures": ["IJepaModel", 3]}, {"patch_size": {}}])
+@pytest.mark.parametrize(
+    "lie", [{"num_hidden_layers": 10**9}, {"architectures": ["IJepaModel", 3]}, {"patch_size": {}}]
+)
 def test_a_stock_model_that_claims_another_shape_is_not_built(published, tmp_path, lie):
     from test_verify import change_json
 
