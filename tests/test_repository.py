@@ -180,6 +180,8 @@ def test_a_repository_is_replaced_by_a_newer_one_and_nothing_else_is(run, tmp_pa
     with pytest.raises(ValueError, match="not written as a repository; name another folder"):
         build_repository(run, mine)
     assert (mine / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ValueError, match="not written as a repository"):
+        build_repository(run, run / "encoder")  # which has a manifest too
 
 
 def test_an_encoder_alone_is_a_repository_too_and_only_known_files_go_with_it(tmp_path):

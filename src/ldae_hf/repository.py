@@ -68,7 +68,7 @@ def build_repository(
         DamagedError: the model is not as it was written.
     """
     source, folder = Path(source), Path(folder)
-    if folder.exists() and not (folder / MANIFEST).is_file():
+    if folder.exists() and not all((folder / name).is_file() for name in (MANIFEST, *EDITED)):
         raise ValueError(f"{folder} is there, and was not written as a repository; name another folder.")
     encoder, checkpoint = parts_of(source)
     for part in filter(None, (encoder, checkpoint)):
