@@ -94,7 +94,7 @@ def test_a_signal_leaves_a_push_that_hangs_and_the_same_command_goes_on_with_it(
     assert "README.md" in files_on(hub)
 
 
-def test_one_run_is_pushed_by_one_process_at_a_time(tmp_path):
+def test_one_run_is_pushed_by_one_process_at_a_time_and_by_none_without_a_token(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
 
     def hold():
@@ -106,7 +106,11 @@ def test_one_run_is_pushed_by_one_process_at_a_time(tmp_path):
     child = Child(hold)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(ValueError, match="is being pushed by another process; wait until that ends"):
+        push_repository(tmp_path, NAME)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="cannot be written without a token"):
         push_repository(tmp_path, NAME)
     child.process.kill()
     child.process.join()

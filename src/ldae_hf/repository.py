@@ -22,7 +22,7 @@ from .cards import write_card
 from .configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
 from .export import write_exports
 from .golden import GOLDEN_FEATURES, write_golden_features
-from .hub import check_repo_id, upload
+from .hub import check_repo_id, upload, write_token
 from .image_processing_ldae import BASIS_NAME, LDAEImageProcessor
 from .latent_tokenizers import LearnedTokenizer
 from .manifest import MANIFEST, check_folder, write_folder
@@ -175,6 +175,7 @@ def push_repository(
         OSError: the network, or the disk.
     """
     check_repo_id(repo_id)
+    write_token(None, repo_id)  # before minutes of work
     source = Path(source)
     is_run = (source / "checkpoints").is_dir()
     with TemporaryDirectory() as elsewhere, one_at_a_time(source / LOCK) if is_run else nullcontext():
