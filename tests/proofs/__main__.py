@@ -6,10 +6,18 @@ python tests/proofs [--long] [name ...]
 import argparse
 import importlib
 import multiprocessing
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 
+
+# Before huggingface_hub is imported, which reads it then: the Hub on the loopback knows no Xet.
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+# A shell starts what it puts in the background with Ctrl-C ignored, nohup with SIGHUP; some proofs send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 PROOFS = {  # name -> what it is told for the long form
     "damage": [],
