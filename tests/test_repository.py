@@ -1,6 +1,7 @@
 """One repository for all that a model is: what it holds, what it must not touch, and that a run can start from it."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -164,9 +165,11 @@ def test_a_run_that_is_not_finished_gives_the_moving_average_of_its_newest_check
 
 
 def test_building_changes_nothing_in_the_run_and_again_gives_the_same(run, published, tmp_path):
+    weights = run / "encoder" / "model.safetensors"
+    weights.chmod(0o444)
     before = contents(run)
     again = build_repository(run, tmp_path / "repository", repo_id="someone/encoder")
-    assert contents(run) == before
+    assert contents(run) == before and weights.stat().st_mode & 0o777 == 0o444
     assert contents(again) == contents(published)
 
 
@@ -262,11 +265,12 @@ def test_a_run_starts_from_a_repository_with_its_weights_its_average_and_its_bas
     assert lines(onward)[0]["loss"] < lines(run)[0]["loss"]
 
 
-def test_a_run_that_started_from_another_goes_on_by_the_same_command_alone(run, published, tmp_path):
-    folder = train(tmp_path / "run", start_from=run, max_steps=2)
-    with pytest.raises(RunError, match="holds a run with start_from=.*, not None"):
-        train(folder)
-    train(folder, start_from=published)  # the same weights
+def test_a_run_that_started_from_another_goes_on_when_that_has_gone(run, tmp_path):
+    source = shutil.copytree(run, tmp_path / "source")
+    folder = train(tmp_path / "run", start_from=source, max_steps=2)
+    shutil.rmtree(source)
+    train(folder, start_from=source)
+    assert json.loads((folder / "run.json").read_text())["start_from"] is not None
     whole = train(tmp_path / "whole", start_from=run)
     results = [load_file(each / "encoder" / "model.safetensors") for each in (folder, whole)]
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
@@ -288,5 +292,9 @@ def test_a_start_that_does_not_fit_is_a_sentence(published, tmp_path, changes, o
 def test_an_encoder_alone_is_no_start(tmp_path):
     with pytest.raises(RunError, match="holds no run, no checkpoint and no pretraining/"):
         train(tmp_path / "run", start_from=tmp_path)
+    damaged = shutil.copytree(CARD, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="The weights in .* are damaged"):
+        train(tmp_path / "run", start_from=damaged)
     with pytest.raises(ValueError, match="holds an encoder alone"):
         train(tmp_path / "run", start_from=CARD)

@@ -70,7 +70,8 @@ def write_folder(folder: Path, write: Callable[[Path], None], unlisted: tuple[st
         digests = {name: sha256(file) for name, file in names.items() if name not in unlisted}
         write_text(aside / MANIFEST, manifest_text(digests))
         for file in files:
-            file.chmod((aside / MANIFEST).stat().st_mode)  # safetensors lets nobody else read its files
+            if file.stat().st_nlink == 1:  # the mode of a file that lies elsewhere too is not ours to change
+                file.chmod((aside / MANIFEST).stat().st_mode)  # safetensors lets nobody else read its files
         for path in (*aside.rglob("*"), aside):
             flush(path)
     except BaseException as error:

@@ -31,7 +31,7 @@ from .modeling_ldae import LDAEForPreTraining, LDAEPreTrainedModel
 from .progress import quietly
 from .remote_code import write_auto_maps, write_remote_code
 from .scheduling_ldae import LDAEScheduler
-from .training.checkpointing import EMA
+from .training.checkpointing import EMA, checkpoints
 from .training.pictures import mosaic
 from .training.publishing import load_published, newest_in_run
 from .training.starting_point import PRETRAINING
@@ -107,8 +107,9 @@ def build_repository(
 def parts_of(source: Path) -> tuple[Path | None, Path | None]:
     """The folders of the encoder and of the whole model, where there are any."""
     if (source / "checkpoints").is_dir():
-        encoder = source / "encoder"
-        return encoder if (encoder / MANIFEST).is_file() else None, newest_in_run(source / "checkpoints")
+        encoder = source / "encoder" if (source / "encoder" / MANIFEST).is_file() else None
+        has_none = encoder is not None and not checkpoints(source / "checkpoints")  # they were deleted
+        return encoder, None if has_none else newest_in_run(source / "checkpoints")
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} holds no run, no checkpoint and no encoder; name a folder that does.")
     whole = ModelFolder(source, "float32").model_class is LDAEForPreTraining

@@ -47,6 +47,7 @@ class BackgroundPush:
             return
         if self._process is not None and self._process.returncode:
             self._print(f"warning: a push to {self.repo_id} failed: {self.last_words()}")
+        self._process = None  # the code of an earlier one says nothing of this
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
         try:
@@ -93,7 +94,10 @@ class BackgroundPush:
 
     def last_words(self) -> str:
         """The last line of the log."""
-        lines = (self.folder / LOG).read_text(errors="replace").split("\n")
+        try:
+            lines = (self.folder / LOG).read_text(errors="replace").split("\n")
+        except OSError as error:
+            return f"its log cannot be read ({error})"
         return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
     def _print(self, text: str) -> None:

@@ -23,7 +23,7 @@ from ..image_processing_ldae import LDAEImageProcessor
 from ..manifest import MANIFEST, write_text
 from ..modeling_ldae import LDAEForPreTraining
 from ..recipes import load_recipe
-from .checkpointing import CheckpointWriter, load_checkpoint, save_checkpoint
+from .checkpointing import CheckpointWriter, checkpoints, load_checkpoint, save_checkpoint
 from .circumstances import commit, machine
 from .costs import training_flops_per_image
 from .data import load_images, loading_options, train_loader
@@ -111,6 +111,7 @@ def pretrain(
             trained first, in `output_dir`. Its processor is used if no other is given.
         start_from: another training's weights to begin with, instead of new ones: a run's folder, a checkpoint's, or a
             published repository's, by its folder or its name on the Hub. Its processor and its tokenizer come with it.
+            A run that has a checkpoint goes on from that, and its source may have changed or gone.
         perceptual_weights: as in [`train_tokenizer`].
         cache_latents: encode every image once, in fp32, and train on what is kept; for latent targets and centre crops.
             (Without it images are encoded under the precision of the run.)
@@ -175,7 +176,10 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         push.finish()
         return encoder
     check_start(options.start_from, options.processor, options.tokenizer)
-    start = None if options.start_from is None else StartingPoint(options.start_from, session)
+    has_begun = (output_dir / "run.json").is_file() and checkpoints(output_dir / "checkpoints")
+    begun = json.loads((output_dir / "run.json").read_text()) if has_begun else None
+    # Of a run that has begun it is in the checkpoints, wherever its source has gone since.
+    start = None if options.start_from is None or begun else StartingPoint(options.start_from, session)
     if start is not None:
         options.processor, options.tokenizer = start.folder, start.tokenizer
     dataset = data["dataset"] if options.dataset is None else options.dataset
@@ -190,7 +194,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         check_cacheable(config, data, source)
     plan = Plan.derive(recipe, len(source), accelerator.num_processes, options.per_device_batch_size)
     run |= {"num_images": plan.num_images, "streaming": source.streaming, "left_out": source.left_out}
-    run |= {"start_from": start and start.fingerprint}
+    run |= {"start_from": begun.get("start_from") if begun else start and start.fingerprint}
     check_same_run(output_dir, run)
     session.own()
     check_same_run(output_dir, run)  # again: another run may have begun here, and ended, since

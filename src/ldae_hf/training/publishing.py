@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForPreTraining
@@ -88,13 +88,17 @@ def newest_in_run(checkpoints: Path) -> Path:
 
 
 def check_whole(folder: Path) -> None:
-    """Raises ValueError if a model's folder has no decoder."""
-    with safe_open(folder / WEIGHTS, "pt") as tensors:
-        if not any(name.startswith("decoder.") for name in tensors.keys()):
-            raise ValueError(
-                f"{folder} holds an encoder alone; name the run's folder, whose checkpoints hold the decoder too, or a "
-                "published repository with its pretraining/."
-            )
+    """Raises ValueError if a model's folder has no decoder, or its weights are damaged."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as tensors:
+            names = list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {folder} are damaged ({error}); copy or download them again.") from error
+    if not any(name.startswith("decoder.") for name in names):
+        raise ValueError(
+            f"{folder} holds an encoder alone; name the run's folder, whose checkpoints hold the decoder too, or a "
+            "published repository with its pretraining/."
+        )
 
 
 def load_published(checkpoint: Path, weights: str | None = None) -> tuple[LDAEForPreTraining, str]:
