@@ -69,7 +69,10 @@ def test_a_hub_that_refuses_takes_nothing_from_the_run_and_the_reason_is_said(hu
     assert "README.md" in files_on(hub)
 
 
-@pytest.mark.parametrize(("token", "name", "sentence"), [(None, NAME, "no"), (TOKEN, "some/../one", "names no")])
+@pytest.mark.parametrize(
+    ("token", "name", "sentence"),
+    [(None, NAME, "no"), (TOKEN, "some/../one", "names no"), (TOKEN, "encoder", "names no owner")],
+)
 def test_without_a_token_or_with_a_name_that_is_none_nothing_is_trained(hub, tmp_path, token, name, sentence):
     environment = hub_environment(hub, tmp_path / "home", **({"HF_TOKEN": token} if token else {}))
     with pytest.raises(ValueError, match=sentence):

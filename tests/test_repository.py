@@ -198,6 +198,27 @@ def test_an_encoder_alone_is_a_repository_too_and_only_known_files_go_with_it(tm
     assert torch.equal(built, saved)
 
 
+def test_a_repository_is_published_again_with_all_that_it_has_and_never_over_itself(published, tmp_path):
+    again = build_repository(published, tmp_path / "again", repo_id="someone/encoder")
+    unlike = {name for name, digest in contents(published).items() if contents(again).get(name) != digest}
+    assert unlike <= {"README.md", "manifest.json"}
+    with pytest.raises(ValueError, match="is what would be read, or holds it"):
+        build_repository(again / "pretraining", again)
+    assert (again / "pretraining" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("link", ["metrics.jsonl", "encoder/tokenizer", "pictures/step-99999999.png"])
+def test_a_link_that_leads_out_of_the_run_is_not_published(run, tmp_path, link):
+    copy = shutil.copytree(run, tmp_path / "run")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("hf_secret")
+    (copy / link).unlink(missing_ok=True)
+    (copy / link).symlink_to(secret if link.endswith("tokenizer") else secret / "key")
+    with pytest.raises(ValueError, match="is a link to .*, outside of .*, and is not published"):
+        build_repository(copy, tmp_path / "repository")
+
+
 def test_a_classifier_is_published_with_its_head_folded_into_the_stock_class(run, tmp_path):
     names = {0: "cat", 1: "dog", 2: "<other>"}
     model = LDAEForImageClassification.from_pretrained(run / "encoder", id2label=names).eval()

@@ -70,6 +70,8 @@ def build_repository(
     source, folder = Path(source), Path(folder)
     if folder.exists() and not all((folder / name).is_file() for name in (MANIFEST, *EDITED)):
         raise ValueError(f"{folder} is there, and was not written as a repository; name another folder.")
+    if source.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} is what would be read, or holds it; name another folder.")
     encoder, checkpoint = parts_of(source)
     for part in filter(None, (encoder, checkpoint)):
         if (part / MANIFEST).is_file():
@@ -93,7 +95,9 @@ def build_repository(
         take(source, path, "metrics.jsonl")
         (path / PICTURES).mkdir()
         directions_picture(processor).save(path / PICTURES / "directions.png")
-        if pictures and (painted := sorted((source / PICTURES).glob("step-*.png"))):
+        names = ("denoising.png", "step-*.png")  # of a repository, of a run
+        if pictures and (painted := [file for name in names for file in sorted((source / PICTURES).glob(name))]):
+            check_inside(painted[-1], source)
             shutil.copyfile(painted[-1], path / PICTURES / "denoising.png")
         write_remote_code(path)
         write_card(path, repo_id, rows)
@@ -112,6 +116,8 @@ def parts_of(source: Path) -> tuple[Path | None, Path | None]:
         return encoder, None if has_none else newest_in_run(source / "checkpoints")
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} holds no run, no checkpoint and no encoder; name a folder that does.")
+    if (source / PRETRAINING / CONFIG).is_file():  # a repository, downloaded or built before
+        return source, source / PRETRAINING
     whole = ModelFolder(source, "float32").model_class is LDAEForPreTraining
     return (None, source) if whole else (source, None)
 
@@ -127,11 +133,20 @@ def load_model(folder: Path) -> LDAEPreTrainedModel:
 def take(source: Path, folder: Path, *names: str) -> None:
     """Files and folders by name, those of them that are there."""
     for name in names:
+        for path in (source / name, *(source / name).rglob("*")):
+            check_inside(path, source)
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name, copy_function=copy)
         elif (source / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             copy(source / name, folder / name)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raises ValueError for a link that leads out of a folder, but for those of huggingface_hub's cache."""
+    root, target = folder.resolve(), path.resolve()
+    if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
+        raise ValueError(f"{path} is a link to {target}, outside of {folder}, and is not published; remove it.")
 
 
 def copy(source: str | Path, target: str | Path) -> None:
@@ -176,13 +191,17 @@ def push_repository(
         OSError: the network, or the disk.
     """
     check_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} names no owner; write OWNER/NAME.")
     write_token(None, repo_id)  # before minutes of work
     source = Path(source)
     is_run = (source / "checkpoints").is_dir()
     with TemporaryDirectory() as elsewhere, one_at_a_time(source / LOCK) if is_run else nullcontext():
         folder = source / "hub" if is_run else Path(elsewhere) / "repository"
         build_repository(source, folder, repo_id=repo_id, **options)
-        return upload(folder, repo_id, private=private, revision=revision, delete_patterns=PARTS)
+        whole = (folder / PRETRAINING).is_dir()  # else an earlier push's is not ours to delete
+        stale = [pattern for pattern in PARTS if whole or not pattern.startswith(PRETRAINING)]
+        return upload(folder, repo_id, private=private or None, revision=revision, delete_patterns=stale)
 
 
 @contextmanager

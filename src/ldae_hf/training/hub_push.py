@@ -33,6 +33,8 @@ class BackgroundPush:
     def __init__(self, folder: Path, repo_id: str | None, private: bool, session: Session):
         if repo_id is not None:
             check_repo_id(repo_id)
+            if "/" not in repo_id:
+                raise ValueError(f"{repo_id!r} names no owner; write OWNER/NAME.")
             session.on_main(lambda: write_token(None, repo_id))
         self.folder, self.repo_id, self.session = folder, repo_id, session
         self.command = [sys.executable, "-m", "ldae_hf.cli", "push", str(folder), str(repo_id)]
