@@ -150,7 +150,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def copy(source: str | Path, target: str | Path) -> None:
-    """A copy; of tensors, which nobody writes into, a second name of the same file where the disk can do that."""
+    """A copy; of tensors a second name of the same file where the disk can do that: replace them, never write into."""
     if Path(source).suffix == ".safetensors":
         with suppress(OSError):
             return os.link(Path(source).resolve(), target)
