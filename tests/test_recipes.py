@@ -79,7 +79,7 @@ SWEEPS = {
     "latent_scaling": ["whiten", "none"],
     "residual_weight": ["0", "0.01", "1"],
 }
-TIERED = [(name, tier) for name in recipe_names() for tier in (None, "desk", "cpu")]
+TIERED = [(name, tier) for name in recipe_names() for tier in (None, "desk", "desk_cpu", "cpu")]
 TIERED += [("l_dae", "cifar10"), ("l_dae", "quickstart")]
 
 
@@ -184,12 +184,12 @@ def test_the_final_method_has_the_values_that_its_published_runs_had(tier, size,
     assert (train["epochs"], train["base_learning_rate"]) == (epochs, rate)
 
 
-@pytest.mark.parametrize(("tier", "places"), [(None, 256), ("desk", 64), ("cpu", 16)])
+@pytest.mark.parametrize(("tier", "places"), [(None, 256), ("desk", 64), ("desk_cpu", 64), ("cpu", 16)])
 def test_every_recipe_has_the_same_number_of_tokens(tier, places):
     assert {load_recipe(name, tier).model_config().num_patches for name in recipe_names()} == {places}
 
 
-@pytest.mark.parametrize("tier", [None, "desk", "cpu"])
+@pytest.mark.parametrize("tier", [None, "desk", "desk_cpu", "cpu"])
 def test_only_the_baseline_knows_classes_and_only_it_downloads_weights(tier):
     recipes = [load_recipe(name, tier) for name in recipe_names()]
     assert [recipe.name for recipe in recipes if recipe.model["num_classes"]] == ["dit_baseline"]
