@@ -51,13 +51,13 @@ MAY_IMPORT = {
     "cards": MODELS | {"manifest", "recipes"},
     "model_checks": MODELS | {"golden", "latent_tokenizers", "progress", "recipes"},
     "verify": {"manifest", "golden", "model_checks", "image_processing_ldae", "latent_tokenizers"},
-    "training": MODELS | BESIDE_THE_MODELS | FOLDERS | HUB | {"ldae_hf", "recipes", "progress"},
+    "training": MODELS | BESIDE_THE_MODELS | FOLDERS | HUB | {"export", "ldae_hf", "recipes", "progress"},
     "repository": MODELS
     | BESIDE_THE_MODELS
     | FOLDERS
     | HUB
     | {"cards", "export", "model_checks", "progress", "remote_code", "training"},
-    "evaluation": MODELS | BESIDE_THE_MODELS | FOLDERS | {"ldae_hf", "recipes", "progress", "training"},
+    "evaluation": MODELS | BESIDE_THE_MODELS | FOLDERS | {"export", "ldae_hf", "recipes", "progress", "training"},
 }
 MAY_IMPORT["cli"] = {room for room in MAY_IMPORT if not room.endswith("_ldae")}
 
@@ -68,7 +68,7 @@ DOORS = {
     "datasets": {"training", "evaluation"},
     "matplotlib": {"evaluation"},
     "typer": {"cli"},
-    "timm": {"export"},
+    "timm": {"evaluation", "export"},
     "torchvision": set(),
 }
 

@@ -79,7 +79,8 @@ SWEEPS = {
     "latent_scaling": ["whiten", "none"],
     "residual_weight": ["0", "0.01", "1"],
 }
-TIERED = [(name, tier) for name in recipe_names() for tier in (None, "desk", "desk_cpu", "cpu")]
+DENOISERS = [name for name in recipe_names() if not load_recipe(name).is_masked]  # l-DAE, its path, its controls
+TIERED = [(name, tier) for name in DENOISERS for tier in (None, "desk", "desk_cpu", "cpu")]
 TIERED += [("l_dae", "cifar10"), ("l_dae", "quickstart")]
 
 
@@ -137,7 +138,7 @@ def test_the_family_has_one_root_and_every_name_once():
 
 def test_a_recipe_without_a_number_of_the_paper_is_a_control_or_says_where_the_paper_speaks_of_it():
     ours = {"retrain_vqgan", "flip", "noise_matched_768", "random_projection", "snr_matched"}
-    ours |= {"perceptual_labels", "perceptual_random_labels"}
+    ours |= {"perceptual_labels", "perceptual_random_labels", "mae", "mae_equal_flops"}
     ours |= {name for sweep in ("l_dae_k", "latent_scaling", "residual_weight") for name in sweep_members(sweep)}
     assert {name for name in recipe_names() if not load_recipe(name).paper} == ours
 
@@ -151,7 +152,8 @@ def test_a_step_changes_exactly_what_its_file_says(name):
     assert {key: after[key] for key in change} == change
     assert list(before) == list(after)
     sections = {key.partition(".")[0] for key in change}
-    assert len(sections) == 1 or (sections == {"model", "tokenizer"} and "model.tokenizer" in change)
+    together = {"model.tokenizer": {"model", "tokenizer"}, "model.mask_ratio": {"model", "train"}}
+    assert len(sections) == 1 or sections in [together[key] for key in together if key in change]
 
 
 @pytest.mark.parametrize(("name", "tier"), TIERED)
@@ -161,6 +163,11 @@ def test_a_recipe_makes_a_model_of_its_size_at_every_tier(name, tier):
     assert {key: getattr(config, key) for key in SIZES[recipe.model["size"]]} == SIZES[recipe.model["size"]]
     assert (config.image_size, config.latent_dim) == (recipe.model["image_size"], recipe.model["latent_dim"])
     assert recipe.tier == tier
+
+
+def test_a_masked_autoencoder_has_no_configuration_of_an_l_dae():
+    with pytest.raises(RecipeError, match="mae is a masked autoencoder"):
+        load_recipe("mae").model_config()
 
 
 def test_the_final_method_is_the_default_configuration():
@@ -186,7 +193,7 @@ def test_the_final_method_has_the_values_that_its_published_runs_had(tier, size,
 
 @pytest.mark.parametrize(("tier", "places"), [(None, 256), ("desk", 64), ("desk_cpu", 64), ("cpu", 16)])
 def test_every_recipe_has_the_same_number_of_tokens(tier, places):
-    assert {load_recipe(name, tier).model_config().num_patches for name in recipe_names()} == {places}
+    assert {load_recipe(name, tier).model_config().num_patches for name in DENOISERS} == {places}
 
 
 @pytest.mark.parametrize("tier", [None, "desk", "desk_cpu", "cpu"])

@@ -17,13 +17,17 @@ NULLABLE = {
     "model.num_classes": (int,),
     "model.conditioning_hidden_size": (int, str),
     "model.feature_timestep": (int,),
+    "model.mask_ratio": (float,),
     "tokenizer.pretrained": (str,),
     "tokenizer.perceptual_loss": (str,),
     "train.max_grad_norm": (float,),
     "train.ema_half_life_epochs": (float,),
 }
-# What the other sections accept. The model section is for LDAEConfig to judge.
+# A step that changes the key may change the section too.
+TOGETHER = {"model.tokenizer": "tokenizer", "model.mask_ratio": "train"}
+# What the other sections accept. The model section is for LDAEConfig to judge, but for what no l-DAE has.
 RULES = {
+    "model.mask_ratio": (lambda v: v is None or 0 < v < 1, "null (l-DAE), or the share of masked patches, 0 to 1"),
     "tokenizer.fit_patches": (lambda v: v >= 1, "at least 1"),
     "tokenizer.pretrained": (lambda v: v != "", "null (trained here), or a folder or name on the Hub"),
     "tokenizer.stride": (lambda v: v >= 2 and v & (v - 1) == 0, "a power of two, 2 or more"),
@@ -73,8 +77,9 @@ def load_recipe(name: str, tier: str | None = None, overrides: tuple[str, ...] |
         file, change = step["file"], step["change"]
         new = {key: _typed(key, value, values, file) for key, value in change.items()}
         sections = sorted({key.partition(".")[0] for key in change})
-        # Another tokenizer is trained in another way: that is one step.
-        if len(sections) > 1 and not ("model.tokenizer" in change and sections == ["model", "tokenizer"]):
+        # Another tokenizer is trained in another way, and so is another method: that is one step.
+        together = {key: ["model", section] for key, section in TOGETHER.items() if key in change}
+        if len(sections) > 1 and sections not in together.values():
             raise RecipeError(
                 f"{file}: change touches {' and '.join(sections)}; a step changes one section, or model and tokenizer "
                 "where it changes model.tokenizer."

@@ -35,18 +35,28 @@ class Recipe:
         """The recipe's name with its tier and overrides, for tables and logs."""
         return " ".join([self.name, *([f"(tier {self.tier})"] if self.tier else []), *self.overrides])
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether it is a masked autoencoder, the baseline, and no l-DAE."""
+        return self.model.get("mask_ratio") is not None  # older recipes do not have the key
+
     def model_config(self):
         """The `LDAEConfig` of the model section, with the widths and depths of its size.
 
         Raises:
-            RecipeError: an unknown size, values that LDAEConfig refuses, or a tokenizer section that is for another
-                tokenizer than the model's.
+            RecipeError: an unknown size, values that LDAEConfig refuses, a tokenizer section that is for another
+                tokenizer than the model's, or a masked autoencoder, which has no such configuration.
         """
         from huggingface_hub.errors import StrictDataclassError
 
         from ldae_hf.configuration_ldae import SIZES, LDAEConfig
 
-        keys = dict(self.model)
+        if self.is_masked:
+            raise RecipeError(
+                f"{self.title} is a masked autoencoder (model.mask_ratio), no l-DAE; `ldae pretrain` trains it, "
+                "and the commands that evaluate take its encoder/ folder."
+            )
+        keys = {key: value for key, value in self.model.items() if key != "mask_ratio"}
         size = keys.pop("size")
         if size not in SIZES:
             raise RecipeError(f"{self.title}: model.size {size!r} is unknown{nearest(size, SIZES)}")

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForPreTraining
 
 from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
+from ..recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ def forward_flops_per_image(config: LDAEConfig) -> float:
 def training_flops_per_image(config: LDAEConfig) -> float:
     """FLOPs of one training step per image: three forward passes, since the backward pass is two."""
     return 3 * forward_flops_per_image(config)
+
+
+def recipe_flops_per_image(recipe: Recipe) -> float:
+    """FLOPs of one training step per image, of an l-DAE or of the baseline."""
+    if recipe.is_masked:
+        from .masking import mae_config, mae_flops_per_image
+
+        return mae_flops_per_image(mae_config(recipe))
+    return training_flops_per_image(recipe.model_config())
 
 
 def tokenizer_flops_per_image(config: LDAEConfig, settings: dict) -> float:

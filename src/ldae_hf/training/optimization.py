@@ -110,16 +110,17 @@ class Plan:
 
 def adamw(model: nn.Module, betas: list[float], weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW; weight decay (0 in the paper) on matrices only. The learning rate is set before each step."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=tuple(betas), fused=True)
 
 
 def update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """One step with this learning rate, and no gradients after it."""
+    """One step with this learning rate (times a group's `lr_scale`, where it has one), and no gradients after it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

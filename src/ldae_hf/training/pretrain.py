@@ -16,42 +16,37 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import AutoModelForPreTraining
+from transformers import PreTrainedModel
 
-from ..configuration_ldae import LEARNED_TOKENIZERS, LDAEConfig
 from ..image_processing_ldae import LDAEImageProcessor
 from ..manifest import MANIFEST, write_text
-from ..modeling_ldae import LDAEForPreTraining
 from ..recipes import load_recipe
 from .checkpointing import CheckpointWriter, checkpoints, load_checkpoint, save_checkpoint
 from .circumstances import commit, machine
-from .costs import training_flops_per_image
 from .data import load_images, loading_options, train_loader
 from .data_parallel import settle_buckets
-from .fit_pca import fit_processor
+from .denoising import Denoising
 from .hardware import peak_flops
 from .hub_push import BackgroundPush
 from .loop import Gradient, Loop
+from .masking import Masking
 from .memory import attention_of
 from .metrics_log import MetricsLog
 from .optimization import ExponentialMovingAverage, Plan, adamw, update
-from .pictures import denoising_picture, watched_images
-from .publishing import published, save_encoder
+from .pictures import watched_images
+from .publishing import published
 from .replay import note_failure
 from .run_folder import check_options, check_same_run, identity, newest_checkpoint
 from .session import RunError, Session, make_accelerator
 from .sharding import whole
-from .sources import ImageSource
 from .starting_point import StartingPoint, check_start
-from .token_cache import cache_tokens, check_cacheable
-from .tokenizers import check_given, check_trainable, tokenizer_for_run
 
 
 PICTURES = 100  # of a run: those of 1,600 epochs would take gigabytes
 
-# Called with the unwrapped model (in eval mode, with the EMA's weights if there is one) and the processor; returns
-# numbers for the log.
-Evaluation = Callable[[LDAEForPreTraining, LDAEImageProcessor], dict[str, float]]
+# Called with the unwrapped model, an `LDAEForPreTraining` or the baseline's `MaskedAutoencoder` (in eval mode, with the
+# EMA's weights if there is one), and the processor; returns numbers for the log.
+Evaluation = Callable[[PreTrainedModel, LDAEImageProcessor], dict[str, float]]
 
 
 def pretrain(
@@ -166,7 +161,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
 
     # ---- resolve: what this run is
     accelerator, output_dir, recipe, seed = session.accelerator, options.output_dir, options.recipe, options.seed
-    config, data = recipe.model_config(), recipe.data
+    method, data = (Masking if recipe.is_masked else Denoising)(recipe, options), recipe.data
     run = {"seed": seed, "recipe": recipe.to_dict()}
     check_same_run(output_dir, run)
     encoder = output_dir / "encoder"
@@ -187,11 +182,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         key: getattr(options, key) for key in ("streaming", "image_column", "label_column", "num_images", "quarantine")
     }
     source = session.together(lambda: load_images(dataset, data["train_split"], **told), at_once=True)
-    check_labels(config.num_classes, source)
-    if not check_given(options.tokenizer, output_dir, recipe, config):
-        check_trainable(recipe, config, source, options.perceptual_weights)
-    if options.cache_latents:
-        check_cacheable(config, data, source)
+    method.check(source)
     plan = Plan.derive(recipe, len(source), accelerator.num_processes, options.per_device_batch_size)
     run |= {"num_images": plan.num_images, "streaming": source.streaming, "left_out": source.left_out}
     run |= {"start_from": begun.get("start_from") if begun else start and start.fingerprint}
@@ -204,36 +195,14 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
 
     # ---- build: processor, tokenizer, model, optimizer
     loading = loading_options(recipe, seed, options.num_workers)
-    given_processor = options.processor
-    if given_processor is None and options.tokenizer is not None:
-        beside_tokenizer = Path(options.tokenizer) / "processor"
-        given_processor = beside_tokenizer if beside_tokenizer.is_dir() else None
-    processor = fit_processor(output_dir / "processor", given_processor, config, source, recipe, session, loading)
-    spent = (time.monotonic() - started) / 60
-    training = dict(
-        dataset=options.dataset,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        perceptual_weights=options.perceptual_weights,
-        quarantine=options.quarantine,
-        seed=seed,
-        num_workers=options.num_workers,
-        mixed_precision=options.mixed_precision,
-        log_every=options.log_every,
-        max_minutes=None if options.max_minutes is None else options.max_minutes - spent,
-    )
-    learned = tokenizer_for_run(output_dir, options.tokenizer, recipe, config, processor, session, training)
-    if learned is None and config.tokenizer in LEARNED_TOKENIZERS:  # the time is over
+    left = None if options.max_minutes is None else options.max_minutes - (time.monotonic() - started) / 60
+    if not method.prepare(source, session, loading, left):  # the time is over
         session.stopped_by_limit = True
         return None
     session.leave_if_asked()
     torch.manual_seed(seed)
     attention = options.attn_implementation or attention_of(accelerator.device.type, options.mixed_precision)
-    model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
-    model.to(accelerator.device, torch.get_default_dtype()).train()
-    model.set_processor(processor)
-    if learned is not None:
-        model.set_tokenizer(learned)
+    model = method.build(session, attention)
     if start is not None:
         start.load_into(model)
     if options.gradient_checkpointing:
@@ -253,16 +222,10 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     found = newest_checkpoint(output_dir / "checkpoints", session)
     resumed = load_checkpoint(found, model, optimizer, ema) if found else {"step": 0}
     step = resumed["step"]
-    cached = None
-    if options.cache_latents:
-        cached = cache_tokens(output_dir / "latents", model, processor, source, session, loading)
-    labelled = config.num_classes is not None
-    input_names = ["pixel_values" if cached is None else "tokens", "timesteps", "noise"]
-    input_names += ["labels", "dropped_labels"] if labelled else []
+    cached = method.cache_inputs(model, source, session, loading)
     loader = train_loader(
         source,
-        num_timesteps=config.num_noise_levels,
-        tokens_shape=(config.num_patches, config.latent_dim),
+        **method.draws,
         global_batch_size=plan.global_batch_size,
         micro_batch_size=plan.per_device_batch_size,
         rank=accelerator.process_index,
@@ -270,7 +233,6 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         start_step=step,
         num_steps=plan.total_steps,
         state=stream_position(resumed, accelerator),
-        label_dropout=config.class_dropout_prob if labelled else None,
         cached_tokens=cached,
         **loading,
     )
@@ -286,11 +248,9 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     paint_every = evaluate_every * -(-plan.total_steps // (evaluate_every * PICTURES))
     watched = None
     if options.watched and accelerator.is_main_process:
-        watched = watched_images(source, config.image_size, options.watched)
+        watched = watched_images(source, method.config.image_size, options.watched)
     batches, sample_ids = iter(loader), []  # the latter of one step
-    settle_buckets(
-        wrapped, lambda: wrapped(**blank_inputs(config, plan.per_device_batch_size, input_names, model)).loss
-    )
+    settle_buckets(wrapped, lambda: wrapped(**method.blank_inputs(plan.per_device_batch_size, accelerator.device)).loss)
 
     told_of_training = {
         # Where somebody's folders are is nobody's business.
@@ -303,9 +263,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     }
 
     def add_what_belongs_to_it(path: Path, step: int) -> None:
-        processor.save_pretrained(path)
-        if learned is not None:
-            learned.save_pretrained(path / "tokenizer")
+        method.add_parts(path)
         recipe.save(path)
         facts = {"seed": seed, "steps": step, "images_seen": step * plan.global_batch_size} | told_of_training
         write_text(path / "training.json", json.dumps(facts, indent=2))
@@ -314,14 +272,14 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         with published(model, ema, session) as shown:
             session.on_main(lambda: look_at(shown, step))
 
-    def look_at(shown: LDAEForPreTraining, step: int) -> None:
+    def look_at(shown: PreTrainedModel, step: int) -> None:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), session.signals.breaking_off():
             torch.manual_seed(seed + step)  # what it draws is a function of these, whatever has been evaluated before
             if watched is not None and (step % paint_every == 0 or step == plan.total_steps):
                 (output_dir / "pictures").mkdir(exist_ok=True)
-                denoising_picture(shown, processor, watched).save(output_dir / "pictures" / f"step-{step:08d}.png")
-            found = [evaluation(shown, processor) for evaluation in options.evaluations]
+                method.picture(shown, watched).save(output_dir / "pictures" / f"step-{step:08d}.png")
+            found = [evaluation(shown, method.processor) for evaluation in options.evaluations]
         if found:
             log.write_evaluations(step, found)
 
@@ -342,9 +300,9 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
             waited += time.monotonic() - asked
             log.bad_images(batch["bad_images"])
             sample_ids.append(batch["sample_ids"])
-            inputs = {name: batch[name].to(accelerator.device, non_blocking=True) for name in input_names}
+            inputs = {name: batch[name].to(accelerator.device, non_blocking=True) for name in method.input_names}
             if "pixel_values" in inputs:
-                inputs["pixel_values"] = processor.normalize_pixels(inputs["pixel_values"])
+                inputs["pixel_values"] = method.processor.normalize_pixels(inputs["pixel_values"])
             # Processes exchange gradients in the last part only.
             is_last = part == plan.accumulation - 1
             with nullcontext() if is_last else accelerator.no_sync(wrapped):
@@ -352,7 +310,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
                     output = wrapped(**inputs)
                 accelerator.backward(output.loss / plan.accumulation)
             loss = loss + output.loss.detach() / plan.accumulation
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if recipe.train["max_grad_norm"] is not None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.train["max_grad_norm"], norm)
         return Gradient({"loss": loss, "gradient_norm": whole(norm)}, waited)
@@ -384,7 +343,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         max_steps=options.max_steps,
         max_minutes=options.max_minutes,
         started=started,
-        flops_per_image=training_flops_per_image(config),
+        flops_per_image=method.flops_per_image,
         peak_flops=peak_flops(accelerator.device, options.mixed_precision),
     )
     looks = options.watched or options.evaluations
@@ -395,43 +354,13 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
         push.finish()
         return None
     with published(model, ema, session) as shown:
-        session.on_main(lambda: save_encoder(encoder, shown, partial(add_what_belongs_to_it, step=step)))
+        session.on_main(lambda: method.save_encoder(encoder, shown, partial(add_what_belongs_to_it, step=step)))
     if rate := log.images_per_second():
-        flops = rate * training_flops_per_image(config)
+        flops = rate * method.flops_per_image
         accelerator.print(f"{rate:,.1f} images/s · {flops / 1e12:.2f} TFLOP/s in the model's matrix products")
     accelerator.print(f"encoder: {encoder}")
     push.finish()
     return encoder
-
-
-def blank_inputs(config: LDAEConfig, batch_size: int, names: list[str], model: LDAEForPreTraining) -> dict:
-    """A batch of zeros."""
-    latents = (batch_size, config.num_patches, config.latent_dim)
-    pixels = (batch_size, config.num_channels, config.image_size, config.image_size)
-    shapes = {"pixel_values": pixels, "tokens": latents, "noise": latents}
-    kinds = {"timesteps": torch.int64, "labels": torch.int64, "dropped_labels": torch.bool}
-    return {
-        name: torch.zeros(shapes.get(name, batch_size), dtype=kinds.get(name, torch.float32), device=model.device)
-        for name in names
-    }
-
-
-def check_labels(num_classes: int | None, source: ImageSource) -> None:
-    """Raises RunError if a model with class labels meets images without, or with another number of classes."""
-    if num_classes is None:
-        return
-    if source.label_column is None:
-        raise RunError(
-            f"The recipe conditions on class labels, but {source.name} has none; name its label column, or train "
-            "remove_class_labels."
-        )
-    if source.label_names is None and source.streaming:
-        return  # nobody knows
-    if source.num_classes != num_classes:
-        raise RunError(
-            f"The recipe has {num_classes} classes, {source.name} has {source.num_classes}; "
-            f"give --set model.num_classes={source.num_classes}."
-        )
 
 
 def stream_position(state: dict, accelerator: Accelerator) -> dict | None:
