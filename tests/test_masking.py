@@ -15,6 +15,7 @@ from ldae_hf.training import pretrain
 from ldae_hf.training.costs import recipe_flops_per_image
 from ldae_hf.training.data import load_images, train_loader
 from ldae_hf.training.masking import DECODERS, MaskedAutoencoder, mae_config, mae_flops_per_image
+from ldae_hf.verify import verify
 
 
 CHANGES = ["model.image_size=16", "model.patch_size=4", "train.epochs=3", "train.warmup_epochs=1"]
@@ -39,9 +40,9 @@ def train(folder, images, **options):
     return Child(lambda: pretrain("mae", output_dir=folder, dataset=images, log_every=1, **settings | options)).join()
 
 
-def model_of(recipe: str = "mae", tier: str = "cpu") -> MaskedAutoencoder:
+def model_of(tier: str = "cpu", **options) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    model = MaskedAutoencoder._from_config(mae_config(load_recipe(recipe, tier)))
+    model = MaskedAutoencoder._from_config(mae_config(load_recipe("mae", tier)), **options)
     model.initialize_as_mae()
     return model.eval()
 
@@ -66,8 +67,7 @@ def test_at_equal_flops_the_baseline_takes_as_many_as_l_dae_within_two_percent(t
 
 
 def test_its_flops_are_those_that_torch_counts():
-    model = model_of()
-    model.set_attn_implementation("eager")  # the counter does not know every kernel
+    model = model_of(attn_implementation="eager")  # the counter does not know every kernel
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32), noise=torch.rand(1, 16, 1))
     assert 3 * counter.get_total_flops() == pytest.approx(mae_flops_per_image(model.config), rel=1e-6)
@@ -150,6 +150,13 @@ def test_the_encoder_is_a_model_of_transformers_that_sees_every_patch(finished):
     assert json.loads((finished / "encoder/recipe.json").read_text())["name"] == "mae"
     assert json.loads((finished / "encoder/training.json").read_text())["steps"] == 6
     assert (finished / "pictures" / "step-00000006.png").is_file()
+
+
+def test_verify_checks_every_bit_of_its_folders_and_says_what_it_leaves_to_transformers(finished):
+    checks = verify(finished)
+    assert {check.name for check in checks if check.status == "ok"} == {"hashes", "finite"}
+    assert {check.name for check in checks if check.status != "ok"} == {"weights", "processor"}
+    assert all(check.status == "not checked" for check in checks if check.name in ("weights", "processor"))
 
 
 @pytest.mark.parametrize("option", [{"start_from": "runs/other"}, {"tokenizer": "runs/t"}, {"cache_latents": True}])

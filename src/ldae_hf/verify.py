@@ -4,6 +4,7 @@ Nothing in it is trusted: no pickle is read and no code is run, and whatever a f
 check with a sentence, not a crash.
 """
 
+import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ def checks_of(folder: Path, dtype: str) -> dict[str, Callable[[], str]] | None:
     if (folder / TOKENIZER).exists():  # first: a convolutional one has a config.json too
         return {"tokenizer": lambda: tokenizer(folder)} | finite
     if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
+        if stated(folder / CONFIG, "model_type") == "vit_mae":
+            return {"weights": not_ours} | finite
         model = ModelFolder(folder, dtype)
         names = ("weights", "tables", "basis", "features", "recipe")
         return {name: getattr(model, name) for name in names} | finite
@@ -148,8 +151,24 @@ def finite_values(folder: Path) -> str:
     return f"{seen} tensors"
 
 
+def stated(file: Path, key: str) -> str | None:
+    """What a configuration says of itself, if it does."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def not_ours() -> str:
+    """Of the baseline, whose class is transformers'."""
+    raise NotChecked("a masked autoencoder, which transformers loads; its hashes are checked")
+
+
 def processor(folder: Path) -> str:
     """The basis has the fingerprint that the configuration names, or loading fails."""
+    if str(stated(folder / PROCESSOR, "image_processor_type")).startswith("Perceiver"):
+        raise NotChecked("a stock image processor, to which nothing was fitted")
     loaded = LDAEImageProcessor.from_pretrained(folder)
     if not loaded.fitted:
         raise NotChecked("no PCA basis yet")

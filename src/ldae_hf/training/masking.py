@@ -94,8 +94,8 @@ class MaskedAutoencoder(ViTMAEForPreTraining):
 
     @torch.no_grad()
     def initialize_as_mae(self) -> None:
-        """Linear layers, and the patch embedding as one, Xavier-uniform with zero bias; class and mask token normal with
-        std 0.02; fixed sine-cosine positions, zero for the class token.
+        """Linear layers, and the patch embedding as one, Xavier-uniform with zero bias; class and mask token normal
+        with std 0.02; fixed sine-cosine positions, zero for the class token.
 
         transformers' own leaves all positions at zero, and draws linear layers from a normal distribution: it is meant
         for weights that are loaded over it.

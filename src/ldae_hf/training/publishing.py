@@ -51,7 +51,8 @@ def whole_copy(
         return None
     with torch.random.fork_rng():  # no trace of its initialisation
         copy = AutoModelForPreTraining.from_config(model.config, attn_implementation=model.config._attn_implementation)
-    copy.ldae.tokenizer = model.ldae.tokenizer  # has no parameters to shard, and may hold an autoencoder
+    if isinstance(copy, LDAEForPreTraining):
+        copy.ldae.tokenizer = model.ldae.tokenizer  # has no parameters to shard, and may hold an autoencoder
     copy.to(session.accelerator.device, torch.get_default_dtype())
     load_weights(copy, tensors)
     return copy.eval()

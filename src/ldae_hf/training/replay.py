@@ -76,6 +76,8 @@ def replay(folder: Path, *, dataset=None, batch_size: int = 16, num_workers: int
     facts, recipe = json.loads((folder / REPLAY).read_text()), Recipe.load(folder)
     if facts["streaming"]:
         raise RunError("The step was one of a stream, whose rows cannot be found again by their number.")
+    if recipe.is_masked:
+        raise RunError(f"The step was one of a masked autoencoder, which is not repeated; {REPLAY} says its samples.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = LDAEForPreTraining.from_pretrained(folder).to(device).train()
     if model.config.tokenizer in CONVOLUTIONAL_TOKENIZERS:
