@@ -3,10 +3,13 @@
     python examples/finetune.py --dataset cifar10 --train-split "train[:5000]" --output-dir runs/classifier
     python examples/finetune.py --dataset path/to/imagefolder --push-to-hub you/your-classifier
 
-All weights are trained, those of the new head too. The folder `model` that it leaves behind is one like any other:
+The encoder starts as the same function of an image, folded into a plain ViT of transformers, and then all weights are
+trained, so that it learns from all pixels of a patch too. The folder `model` that it leaves behind needs nothing else:
 
-    import ldae_hf; from transformers import pipeline
+    from transformers import pipeline
     pipeline("image-classification", model="runs/classifier/model")("cat.jpg")
+
+This is short, to be changed. For numbers to report take `ldae finetune`, which has the paper's recipe.
 """
 
 import random
@@ -17,9 +20,9 @@ from PIL import ImageOps
 from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-import ldae_hf  # noqa: F401 (AutoModelForImageClassification knows l-DAE then)
+from ldae_hf.export import to_transformers
+from ldae_hf.export.transformers_vit import stock_processor
 from ldae_hf.hub import upload
-from ldae_hf.remote_code import write_remote_code
 from ldae_hf.training import load_images
 
 
@@ -61,9 +64,10 @@ def finetune(
     train, test = load_images(dataset, train_split), load_images(dataset, test_split)
     names = train.label_names or [str(number) for number in range(train.num_classes)]
     processor = AutoImageProcessor.from_pretrained(encoder)
-    model = AutoModelForImageClassification.from_pretrained(
+    classifier = AutoModelForImageClassification.from_pretrained(
         encoder, id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)}
     )
+    model = to_transformers(classifier)  # an IJepaForImageClassification
 
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -92,8 +96,7 @@ def finetune(
     # Not `trainer.save_model`, which adds a pickle of the arguments.
     folder = output_dir / "model"
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_remote_code(folder)  # so that it also loads where ldae_hf is not installed, with trust_remote_code=True
+    stock_processor(processor).save_pretrained(folder)
     typer.echo(f"{folder}: {100 * score:.1f} % of {len(test)} test images right")
     if push_to_hub:
         typer.echo(upload(folder, push_to_hub))

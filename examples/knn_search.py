@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import typer
 from PIL import Image, ImageOps
 
-from ldae_hf.evaluation.feature_maps import load_encoder
+from ldae_hf.evaluation.encoders import load_ldae
 from ldae_hf.evaluation.features import extract_features
 from ldae_hf.evaluation.sample_pictures import image_grid
 from ldae_hf.training import load_images
@@ -33,7 +33,7 @@ def search(
     source = load_images(dataset, split)
     index = extract_features(encoder, source)
 
-    model, processor = load_encoder(encoder, device="cpu")
+    model, processor = load_ldae(encoder, device="cpu")
     query = Image.open(image).convert("RGB")
     with torch.no_grad():
         features = model(**processor(query, return_tensors="pt")).pooler_output  # (1, D)

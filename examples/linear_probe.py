@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from ldae_hf.evaluation.ledger import result_table
-from ldae_hf.evaluation.run import run_linear_probe
+from ldae_hf.evaluation.tasks import run_linear_probe
 
 
 def probe(

@@ -19,9 +19,9 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from ldae_hf import LDAEForPreTraining, LDAEImageProcessor
-from ldae_hf.evaluation.figures import denoising_figure
+from ldae_hf.evaluation.figures import denoising_figure, save_figure
 from ldae_hf.evaluation.ledger import result_table
-from ldae_hf.evaluation.run import run_knn, run_linear_probe
+from ldae_hf.evaluation.tasks import run_knn, run_linear_probe
 from ldae_hf.training import checkpoints, eval_loader, load_images, pretrain
 
 
@@ -75,7 +75,7 @@ def quickstart(output_dir: Path = Path("runs/quickstart"), seed: int = 0):
     model = LDAEForPreTraining.from_pretrained(checkpoints(run / "checkpoints")[-1])
     processor = LDAEImageProcessor.from_pretrained(encoder)
     batch = next(iter(eval_loader(load_images(str(images), "test"), processor.image_size, batch_size=4)))
-    picture = denoising_figure(model, processor, batch["pixel_values"], run / "denoising.png")
+    picture = save_figure(denoising_figure(model, processor, batch["pixel_values"]), run / "denoising.png")
 
     load = f'import ldae_hf; from transformers import AutoModel; print(AutoModel.from_pretrained("{encoder}"))'
     typer.echo(f"""

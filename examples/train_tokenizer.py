@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from ldae_hf.evaluation.figures import filters_figure
+from ldae_hf.evaluation.figures import filters_figure, save_figure
 from ldae_hf.evaluation.reconstruction import reconstruction_table, run_reconstruction
 from ldae_hf.training import train_tokenizer
 
@@ -27,7 +27,7 @@ def train(dataset: str = "cifar10", tier: str = "cpu", output_dir: Path = Path("
         options = dict(tier=tier, dataset=dataset, processor=processor, seed=seed)
         runs.append(train_tokenizer(recipe, output_dir=output_dir / recipe, **options).parent)
     results = [run_reconstruction(run, dataset, output=run / "reconstruction.json") for run in runs]
-    picture = filters_figure(runs, output_dir / "filters.png")
+    picture = save_figure(filters_figure(runs), output_dir / "filters.png")
 
     for result in results:
         typer.echo(f"\n{reconstruction_table(result)}")

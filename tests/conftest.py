@@ -44,8 +44,11 @@ FORKING = (
     "test_every_recipe.py",
     "test_samples.py",
     "test_fid.py",
+    "test_finetuning_runs.py",
     "test_repository.py",
     "test_push.py",
+    "test_full_probe.py",
+    "test_encoders.py",
 )
 
 

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ldae_hf.cli import app
-from ldae_hf.cli.evaluate import chosen_floors
+from ldae_hf.cli.evaluation_options import evaluation_options
 from ldae_hf.recipes import load_recipe, recipe_names, tier_names
 
 
@@ -98,6 +98,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
 COMMANDS = [
     [],
     ["card"],
+    ["compare"],
     ["recipes"],
     ["recipes", "tree"],
     ["recipes", "show"],
@@ -108,6 +109,7 @@ COMMANDS = [
     ["denoise"],
     ["download"],
     ["export"],
+    ["finetune"],
     ["extractor"],
     ["extractor", "train"],
     ["generate"],
@@ -117,9 +119,30 @@ COMMANDS = [
     ["report"],
     ["probe"],
     ["knn"],
+    ["few-shot"],
+    ["attentive-probe"],
     ["fid"],
+    ["full-probe"],
+    ["retrieve"],
+    ["segment"],
+    ["sweep"],
+    ["sweep", "depth"],
+    ["sweep", "layers"],
+    ["sweep", "timesteps"],
+    ["figure"],
+    ["figure", "curve"],
+    ["figure", "denoising"],
+    ["figure", "features"],
+    ["figure", "filters"],
+    ["figure", "noise"],
+    ["figure", "path"],
+    ["figure", "pipeline"],
+    ["figure", "schedules"],
+    ["figure", "spectrum"],
     ["results"],
+    ["results", "list"],
     ["results", "path"],
+    ["results", "rerun"],
     ["results", "samples"],
     ["tokenizer"],
     ["tokenizer", "train"],
@@ -144,6 +167,6 @@ def test_a_bare_command_shows_its_help():
 
 
 def test_floors_are_all_of_them_the_chosen_ones_or_none():
-    assert chosen_floors({"seed": 1, "floors": None}) == {"seed": 1}  # the function's own default: all
-    assert chosen_floors({"floors": ["latents", "untrained"]}) == {"floors": ["latents", "untrained"]}
-    assert chosen_floors({"floors": ["none"]}) == {"floors": []}
+    assert evaluation_options({"seed": 1, "floors": None}) == {"seed": 1}  # the function's own default: all
+    assert evaluation_options({"floors": ["latents", "untrained"]}) == {"floors": ("latents", "untrained")}
+    assert evaluation_options({"floors": ["none"]}) == {"floors": ()}

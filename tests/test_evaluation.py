@@ -20,24 +20,19 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel, LearnedTokenizer
 from ldae_hf.evaluation import knn as knn_module
-from ldae_hf.evaluation.feature_maps import EncoderFeatures, load_encoder, state_fingerprint
+from ldae_hf.evaluation.encoders import PooledFeatures, open_encoder
+from ldae_hf.evaluation.feature_maps import state_fingerprint
 from ldae_hf.evaluation.features import cache_file, extract, extract_features, read_features, write_features
-from ldae_hf.evaluation.figures import filters_figure
-from ldae_hf.evaluation.floors import (
-    FLOORS,
-    RandomPatches,
-    RawPixels,
-    TokenizerLatents,
-    build_floors,
-    untrained_encoder,
-)
+from ldae_hf.evaluation.figures import filters_figure, save_figure
+from ldae_hf.evaluation.floors import FLOORS, RawPixels, TokenizerLatents, build_floors
 from ldae_hf.evaluation.knn import knn
 from ldae_hf.evaluation.ledger import append_to_ledger, read_ledger, result_table
 from ldae_hf.evaluation.linear_probe import _train_and_score, linear_probe
 from ldae_hf.evaluation.metrics import Top1Accuracy, accuracy, ranked_classes
 from ldae_hf.evaluation.online import online_evaluation
+from ldae_hf.evaluation.random_patches import RandomPatches
 from ldae_hf.evaluation.reconstruction import figures, reconstruction_table, run_reconstruction
-from ldae_hf.evaluation.run import run_knn, run_linear_probe
+from ldae_hf.evaluation.tasks import run_knn, run_linear_probe
 from ldae_hf.latent_tokenizers import build_autoencoder
 from ldae_hf.patch_tokenizers import patchify
 from ldae_hf.recipes import load_recipe
@@ -356,7 +351,8 @@ def test_the_cache_forgets_when_anything_changes_that_features_depend_on(
     model, processor, train_source, tmp_path, change
 ):
     def key(source=train_source, size=SIZE, **arguments):
-        return cache_file(tmp_path, EncoderFeatures(model, processor, **arguments), source, size)
+        encoder = open_encoder(model, processor=processor, **arguments)
+        return cache_file(tmp_path, PooledFeatures(encoder), source, size)
 
     before = key()
     assert key() == before
@@ -446,27 +442,27 @@ def test_bfloat16_features_are_near_those_in_float32(model, processor, train_sou
 def test_an_encoder_and_another_ones_processor_are_refused(model, processor, images, tmp_path):
     other = LDAEImageProcessor(image_size=SIZE, patch_size=4, latent_dim=8).fit(images[0][:50], progress=False)
     with pytest.raises(ValueError, match="not the one this model was built with"):
-        load_encoder(model, other)
+        open_encoder(model, processor=other)
     model.save_pretrained(tmp_path / "encoder")
     other.save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="not the one this model was built with"):
-        load_encoder(tmp_path / "encoder")
+        open_encoder(tmp_path / "encoder")
     with pytest.raises(ValueError, match="needs its processor too"):
-        load_encoder(model)
+        open_encoder(model)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(noise="fresh"), "'fresh' must be one of clean, frozen"),
-        (dict(dtype="float16"), "'float16' one of float32, bfloat16"),
+        (dict(dtype="float16"), "'float16' must be one of float32, bfloat16"),
         (dict(timestep=1000), "must lie in 0 ... 999"),
     ],
     ids=str,
 )
 def test_unknown_ways_to_take_features_are_refused(model, processor, change, message):
     with pytest.raises(ValueError, match=message):
-        EncoderFeatures(model, processor, **change)
+        open_encoder(model, processor=processor, **change)
 
 
 # -- Floors -----------------------------------------------------------------------------------------------------------
@@ -474,8 +470,9 @@ def test_unknown_ways_to_take_features_are_refused(model, processor, change, mes
 
 def test_every_floor_has_its_dimension_and_comes_out_the_same_twice(model, processor, train_source, options):
     options["cache_dir"] = None
+    encoder = open_encoder(model, processor=processor)
     first, again = (
-        extract(build_floors(FLOORS, model, processor, train_source), train_source, SIZE, **options) for _ in range(2)
+        extract(build_floors(FLOORS, encoder, train_source), train_source, SIZE, **options) for _ in range(2)
     )
     assert [found.features.shape for found in first] == [(96, 3 * SIZE**2), (96, 16 * 8), (96, 16), (96, 16)]
     for one, other in zip(first, again, strict=True):
@@ -484,16 +481,16 @@ def test_every_floor_has_its_dimension_and_comes_out_the_same_twice(model, proce
 
 
 def test_another_seed_changes_the_random_floors_only(model, processor, train_source):
+    encoder = open_encoder(model, processor=processor)
     fingerprints = [
-        [floor.fingerprint for floor in build_floors(FLOORS, model, processor, train_source, seed=seed)]
-        for seed in (0, 1)
+        [floor.fingerprint for floor in build_floors(FLOORS, encoder, train_source, seed=seed)] for seed in (0, 1)
     ]
     assert [a != b for a, b in zip(*fingerprints, strict=True)] == [False, False, True, True]
 
 
 def test_an_unknown_floor_is_refused(model, processor, train_source):
     with pytest.raises(ValueError, match="no floor 'ceiling'; the floors are pixels, latents"):
-        build_floors(["pixels", "ceiling"], model, processor, train_source)
+        build_floors(["pixels", "ceiling"], open_encoder(model, processor=processor), train_source)
 
 
 def test_large_images_are_shrunk_for_the_pixel_floor():
@@ -523,11 +520,12 @@ def test_the_untrained_encoder_has_new_weights_the_same_basis_and_leaves_the_gen
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    untrained = untrained_encoder(model, processor, seed=1).model
+    encoder = open_encoder(model, processor=processor)
+    untrained = encoder.untrained(1).model
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(untrained.tokenizer.components, model.tokenizer.components)
     assert state_fingerprint(untrained) != state_fingerprint(model)
-    assert state_fingerprint(untrained) == state_fingerprint(untrained_encoder(model, processor, seed=1).model)
+    assert state_fingerprint(untrained) == state_fingerprint(encoder.untrained(1).model)
 
 
 def test_random_patches_see_neither_brightness_nor_more_than_a_factor_of_contrast(train_source):
@@ -677,10 +675,10 @@ def test_a_perfect_reconstruction_has_no_peak_signal_to_noise_ratio():
 
 def test_filters_of_patch_wise_tokenizers_are_painted_below_those_of_pca(processor, tmp_path):
     runs = [make_run(tmp_path / kind, kind, processor) for kind in ("patch_ae", "patch_vae")]
-    picture = filters_figure([runs[0], runs[1] / "tokenizer"], tmp_path / "out" / "filters.svg", num_filters=5)
+    picture = save_figure(filters_figure([runs[0], runs[1] / "tokenizer"], 5), tmp_path / "out" / "filters.svg")
     names = re.findall(r">(PCA|AE|VAE)<", picture.read_text())
     assert sorted(names) == ["AE", "PCA", "VAE"] and picture.read_text().count("<image") == 3 * 5
-    drawn = filters_figure(runs[:1], tmp_path / "filters.png", num_filters=99)  # at most K
+    drawn = save_figure(filters_figure(runs[:1], 99), tmp_path / "filters.png")  # at most K
     with Image.open(drawn) as image:
         assert image.width > image.height > 50
 
@@ -693,7 +691,7 @@ def test_filters_are_painted_by_falling_variance_of_their_latents(processor, tmp
     buffers["explained_variance"] = processor.explained_variance[order].float()
     run = make_run(tmp_path / "run", "patch_ae", processor)
     LearnedTokenizer("patch_ae", 4, 8, buffers).save_pretrained(run / "tokenizer")
-    picture = filters_figure([run], tmp_path / "filters.svg").read_text()
+    picture = save_figure(filters_figure([run]), tmp_path / "filters.svg").read_text()
     drawn = [b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)\"", picture)]
     # The pictures differ in their size by a pixel, not in the colours of their 4x4 squares.
     colours = [Image.open(io.BytesIO(data)).convert("RGB").resize((4, 4), Image.Resampling.NEAREST) for data in drawn]
@@ -704,8 +702,7 @@ def test_filters_are_painted_by_falling_variance_of_their_latents(processor, tmp
 def test_filters_that_are_no_patches_are_not_painted(processor, tmp_path):
     run = make_run(tmp_path / "run", "conv_vae", processor)
     with pytest.raises(ValueError, match="run/tokenizer holds a conv_vae, which is not patch-wise and has no such fil"):
-        filters_figure([run], tmp_path / "filters.png")
-    assert not (tmp_path / "filters.png").exists()
+        filters_figure([run])
 
 
 # -- Ledger -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel, LearnedTokenizer
 from ldae_hf.configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LEARNED_TOKENIZERS
-from ldae_hf.evaluation.feature_maps import EncoderFeatures, load_encoder
+from ldae_hf.evaluation.encoders import PooledFeatures, load_ldae, open_encoder
 from ldae_hf.latent_tokenizers import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -497,12 +497,12 @@ def test_a_saved_model_gives_equal_features_once_it_has_its_tokenizer_again(kind
                 loaded(pixel_values)
             loaded.set_tokenizer(LearnedTokenizer.from_pretrained(tmp_path, subfolder="tokenizer"))
         assert torch.equal(loaded(pixel_values).last_hidden_state, expected)
-        encoder, its_processor = load_encoder(tmp_path, device="cpu")
+        encoder, its_processor = load_ldae(tmp_path, device="cpu")
         assert torch.equal(encoder.eval()(pixel_values).last_hidden_state, expected)
     assert its_processor.fingerprint == processor.fingerprint
     pixels = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     with torch.inference_mode():
-        features = EncoderFeatures(encoder, its_processor)(pixels, torch.arange(2))
+        features = PooledFeatures(open_encoder(encoder, processor=its_processor))(pixels, torch.arange(2))
         pooled = model.ldae(processor.normalize_pixels(pixels)).pooler_output
     torch.testing.assert_close(features, pooled)
 
@@ -513,7 +513,7 @@ def test_an_encoder_whose_folder_lacks_the_tokenizer_or_holds_another_is_refused
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"\(subfolder tokenizer\) holds no learned tokenizer"):
-        load_encoder(tmp_path)
+        load_ldae(tmp_path)
     make_learned("conv_vae", processor, seed=1).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="^The model was trained with the tokenizer .* load the one in the model's"):
-        load_encoder(tmp_path)
+        load_ldae(tmp_path)

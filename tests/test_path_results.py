@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ldae_hf.cli import app
 from ldae_hf.evaluation.ledger import read_ledger
-from ldae_hf.evaluation.path_figure import path_figure
+from ldae_hf.evaluation.figures import path_figure, save_figure
 from ldae_hf.evaluation.path_results import choose_group, path_groups, path_text
 from ldae_hf.recipes import load_recipe
 
@@ -179,7 +179,7 @@ def test_the_command_prints_every_group_and_draws_the_one_that_is_chosen(ledger,
 
 def test_the_figure_has_words_of_at_least_7_points_and_a_line_for_the_reconstructions(ledger, tmp_path):
     (group,) = path_groups(ledger(*ROWS), "cpu")
-    text = path_figure(choose_group([group]), tmp_path / "path.svg").read_text()
+    text = save_figure(path_figure(choose_group([group])), tmp_path / "path.svg").read_text()
     for words in ("linear probe, top-1 (%)", "FID-50K", "FD-10K", "dit baseline", "l dae", "reconstruction"):
         assert words in text
     sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:[a-z]+ )?([\d.]+)px", text)]
@@ -187,7 +187,7 @@ def test_the_figure_has_words_of_at_least_7_points_and_a_line_for_the_reconstruc
     assert "stroke-dasharray" in text
     for step in group.steps:
         step.floors.clear()
-    assert "reconstruction" not in path_figure(group, tmp_path / "bare.svg").read_text()
+    assert "reconstruction" not in save_figure(path_figure(group), tmp_path / "bare.svg").read_text()
 
 
 def test_every_distance_that_is_committed_lies_between_real_images_and_noise():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 from ldae_hf import LDAEConfig, LDAEImageProcessor, LearnedTokenizer
-from ldae_hf.evaluation.feature_maps import load_encoder
+from ldae_hf.evaluation.encoders import load_ldae
 from ldae_hf.latent_tokenizers import build_autoencoder
 from ldae_hf.manifest import DamagedError, check_folder
 from ldae_hf.patch_covariance import PatchCovariance
@@ -402,7 +402,7 @@ def pretrained(runs, images, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", RECIPES)
 def test_an_encoder_loads_with_its_tokenizer_and_gives_features(kind, pretrained, runs, images):
-    model, processor = load_encoder(pretrained(kind) / "encoder")
+    model, processor = load_ldae(pretrained(kind) / "encoder")
     learned = LearnedTokenizer.from_pretrained(runs(kind) / "tokenizer")
     assert model.config.tokenizer_fingerprint == learned.fingerprint
     pixel_values = processor.normalize_pixels(next(iter(eval_loader(load_images(images), 16, 4)))["pixel_values"])

@@ -2,12 +2,15 @@
 
 import typer
 
-from . import data, extractor, recipes, results, tokenizer, weights
+from . import data, extractor, figure, recipes, results, sweep, tokenizer, weights
 from .card import card
+from .compare import compare
 from .download import download
-from .evaluate import knn, probe
+from .evaluate import attentive_probe, few_shot, knn, probe
 from .export import export
 from .fid import fid
+from .finetune import finetune
+from .full_probe import full_probe
 from .generate import denoise, generate, pipeline
 from .options import PLAIN
 from .plan import plan
@@ -15,6 +18,8 @@ from .pretrain import pretrain
 from .push import push
 from .replay import replay
 from .report import report
+from .retrieve import retrieve
+from .segment import segment
 from .verify import verify
 
 
@@ -41,7 +46,16 @@ app.add_typer(extractor.app, name="extractor")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.command()(probe)
 app.command()(knn)
+app.command()(few_shot)
+app.command()(attentive_probe)
+app.command()(full_probe)
+app.command()(compare)
+app.command()(finetune)
+app.command()(segment)
+app.command()(retrieve)
+app.add_typer(sweep.app, name="sweep")
 app.command()(fid)
+app.add_typer(figure.app, name="figure")
 app.command()(generate)
 app.command()(denoise)
 app.command()(pipeline)

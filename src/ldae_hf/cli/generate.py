@@ -123,12 +123,10 @@ def denoise(
     ldae denoise runs/mine cat.jpg dog.jpg --level 0.5 --level 1
     """
     from ldae_hf.evaluation.generators import load_generator
-    from ldae_hf.evaluation.sample_pictures import check_picture_file, read_images, save_picture
-    from ldae_hf.training import load_images
-    from ldae_hf.training.pictures import denoising_picture, watched_images, watched_levels
+    from ldae_hf.evaluation.sample_pictures import check_choice, check_picture_file, chosen_images, save_picture
+    from ldae_hf.training.pictures import denoising_picture, watched_levels
 
-    if bool(images) == (dataset is not None):
-        raise ValueError("Give either image files or --dataset, and not both.")
+    check_choice(images, dataset)
     if levels and timesteps:
         raise ValueError("Give either --level or --timestep, and not both.")
     if levels and not all(0 < level < float("inf") for level in levels):
@@ -136,10 +134,7 @@ def denoise(
     check_picture_file(output)
     pipeline, *_ = load_generator(source, weights=weights, dtype=dtype)
     model, processor = pipeline.model, pipeline.processor
-    if images:
-        pixels = read_images(images, processor)
-    else:
-        pixels = watched_images(load_images(dataset, split), processor.image_size, num_images)
+    pixels = chosen_images(images, dataset, split, num_images, processor.image_size)
     timesteps = sorted(set(timesteps or ())) or (watched_levels(model.ldae.schedule, levels) if levels else None)
     typer.echo(save_picture(denoising_picture(model, processor, pixels, seed, timesteps), output))
 

@@ -10,6 +10,8 @@ from .options import PLAIN, Tier
 
 app = typer.Typer(**PLAIN)
 
+USUAL = Path("benchmarks/results/ledger.jsonl")
+
 
 @app.callback()
 def results():
@@ -44,9 +46,7 @@ def samples(
 
 @app.command("path")
 def path(
-    ledger: Annotated[Path, typer.Option(help="Results of ldae probe and ldae fid.")] = Path(
-        "benchmarks/results/ledger.jsonl"
-    ),
+    ledger: Annotated[Path, typer.Option(help="Results of ldae probe and ldae fid.")] = USUAL,
     tier: Tier = None,
     group: Annotated[int | None, typer.Option(help="Only the distances of this number, in the order shown.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw it too, .png or .svg.")] = None,
@@ -67,6 +67,64 @@ def path(
     numbered = [(number, item) for number, item in enumerate(groups, start=1) if chosen is None or item is chosen]
     typer.echo("\n\n".join(f"{number}. {path_text(item, markdown)}" for number, item in numbered))
     if figure is not None:
-        from ldae_hf.evaluation.path_figure import path_figure
+        from ldae_hf.evaluation.figures import path_figure, save_figure
 
-        typer.echo(f"\nfigure: {path_figure(chosen, figure)}")
+        typer.echo(f"\nfigure: {save_figure(path_figure(chosen), figure)}")
+
+
+@app.command("list")
+def list_rows(
+    ledger: Annotated[Path, typer.Option(help="Results of the commands that evaluate.")] = USUAL,
+    task: Annotated[str | None, typer.Option(help="Only of this task, such as linear_probe.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Only of encoders of this recipe.")] = None,
+    tier: Tier = None,
+):
+    """List the rows of a ledger, with the numbers that ldae results rerun takes.
+
+    \b
+    ldae results list --task linear_probe --tier cpu
+    """
+    from ldae_hf.evaluation.ledger_rows import numbered_rows, rows_text
+
+    wanted = {"task": task, "recipe": recipe, "tier": tier}
+    typer.echo(rows_text(numbered_rows(ledger, {key: value for key, value in wanted.items() if value is not None})))
+
+
+@app.command("rerun")
+def rerun(
+    row: Annotated[
+        int, typer.Argument(help="Its number in ldae results list; of those that match from the end after --, as -1.")
+    ] = -1,
+    ledger: Annotated[Path, typer.Option(help="Results of the commands that evaluate.")] = USUAL,
+    task: Annotated[str | None, typer.Option(help="Count only rows of this task.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Count only rows of this encoder, by name.")] = None,
+    execute: Annotated[bool, typer.Option("--execute", help="Run it and compare, not only print it.")] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Relative, of each number; default 0 on the same machine and versions, else 0.01."),
+    ] = None,
+):
+    """Print the command that gives a result again; with --execute run it and say what differs.
+
+    It compares the encoder's fingerprint, the whole protocol and all numbers, and ends with exit code 1 if one differs.
+    Only ldae's commands that evaluate are run, from the folder in which you are, which their paths must fit.
+
+    \b
+    ldae results rerun 17
+    ldae results rerun --task knn --encoder runs/cifar10/encoder --execute
+    ldae results rerun --execute -- -1
+    """
+    from ldae_hf.evaluation.ledger_rows import choose_row, numbered_rows
+    from ldae_hf.evaluation.rerun import rerun, stored_command
+
+    wanted = {key: value for key, value in {"task": task, "name": encoder}.items() if value is not None}
+    chosen = choose_row(numbered_rows(ledger, wanted), row)
+    command, is_whole = stored_command(chosen)
+    typer.echo(command)
+    if not is_whole:
+        typer.echo("An old row without `rerun`: this is its command as it was typed.", err=True)
+    if execute:
+        result = rerun(chosen, tolerance)
+        typer.echo("\n".join([*(f"note: {note}" for note in result.notes), *result.differs]))
+        typer.echo(f"{len(result.differs)} differences" if result.differs else "The result is the same.")
+        raise typer.Exit(1 if result.differs else 0)

@@ -130,6 +130,6 @@ def filters(
     \b
     ldae tokenizer filters runs/patch-ae runs/patch-vae --output filters.png
     """
-    from ldae_hf.evaluation.figures import filters_figure
+    from ldae_hf.evaluation.figures import filters_figure, save_figure
 
-    typer.echo(filters_figure(tokenizers, output, num_filters=count))
+    typer.echo(save_figure(filters_figure(tokenizers, count), output))

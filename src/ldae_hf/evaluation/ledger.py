@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..training.circumstances import circumstances
@@ -57,17 +58,32 @@ def read_ledger(path: str | Path = LEDGER) -> list[dict]:
     return rows
 
 
-def result_table(result: dict) -> str:
-    """A result of `run_linear_probe` or `run_knn` as plain text: name, top-1 in percent, dimension.
+COLUMNS = {"top1": "top-1", "best_top1": "best on test"}
+
+
+def result_table(results: dict | Sequence[dict], columns: Mapping[str, str] = COLUMNS) -> str:
+    """Results of one task as plain text: the encoders, and then their floors; one that several share stands there once.
 
     A linear probe has two columns of accuracies: with the learning rate selected on held-out training samples, and the
-    best on the test set.
+    best on the test set. Where the encoders see images of different sizes, a column says so.
+
+    Args:
+        results: rows of one task, or one row.
+        columns: metric -> its heading; those that no row has are left out.
     """
-    probe = "best_top1" in result
-    rows = [("", "dim", "top-1", "best on test") if probe else ("", "dim", "top-1")]
-    for name, entry in {result["name"]: result, **result["floors"]}.items():
-        numbers = [entry["top1"], entry["best_top1"]] if probe else [entry["top1"]]
-        rows.append((name, f"{entry['dim']:,}", *(f"{number:.1f}" for number in numbers)))
+    results = [results] if isinstance(results, dict) else list(results)
+    lines = [(row["name"], row["protocol"]["image_size"], row) for row in results]
+    for name in dict.fromkeys(name for row in results for name in row["floors"]):
+        found = [(row, row["floors"][name]) for row in results if name in row["floors"]]
+        shared = all(entry == found[0][1] for _, entry in found)
+        for row, entry in found[:1] if shared else found:
+            lines.append((name if shared else f"{name} ({row['name']})", row["protocol"]["image_size"], entry))
+    shown = {key: heading for key, heading in columns.items() if any(key in entry for *_, entry in lines)}
+    several_sizes = len({size for _, size, _ in lines}) > 1
+    rows = [("", *(["px"] if several_sizes else []), "dim", *shown.values())]
+    for name, size, entry in lines:
+        numbers = (f"{entry[key]:.1f}" if key in entry else "-" for key in shown)
+        rows.append((name, *([str(size)] if several_sizes else []), f"{entry['dim']:,}", *numbers))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for name, *cells in rows:

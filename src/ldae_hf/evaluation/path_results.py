@@ -10,6 +10,7 @@ from ..recipes import Recipe, load_recipe
 from ..recipes.display import END_OF_PATH
 from .distances import comparison, distance_label
 from .ledger import LEDGER, read_ledger
+from .probe_results import ProbeResult, probe_results
 
 
 HEAD = ("step", "paper top-1", "paper FID", "top-1", "distance")
@@ -59,27 +60,21 @@ def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[Pa
     Raises:
         ValueError: there is no such file, a line in it is no result, or it has no distance of the path at this tier.
     """
-    if not Path(ledger).is_file():
-        raise ValueError(f"There is no ledger {ledger}; `ldae probe` and `ldae fid` write one with --ledger.")
     path = {name: load_recipe(name) for name in load_recipe(END_OF_PATH).steps}
-    probes: dict[str, dict[str, tuple[str, float]]] = {name: {} for name in path}  # recipe -> encoder -> data, top-1
+    probes = probe_results(path, ledger, tier)
     groups: dict[str, dict[str, dict[str, dict]]] = {}  # comparison -> recipe -> encoder -> row
     tiers = set()
     for number, row in enumerate(read_ledger(ledger), start=1):
         try:
             recipe = path.get(row.get("recipe"))
-            if recipe is None or row.get("overrides") or row["task"] not in ("linear_probe", "frechet_distance"):
+            if recipe is None or row.get("overrides") or row["task"] != "frechet_distance":
                 continue
-            if row["task"] == "frechet_distance":
-                tiers.add(row["tier"] or "full size")
-                if row["tier"] == tier:
-                    group = groups.setdefault(comparison(row), {name: {} for name in path})
-                    group[recipe.name][row["protocol"]["encoder"]] = row
-            elif row["tier"] == tier and _as_recipe_says(row["protocol"]["features"], recipe):
-                encoder = row["protocol"]["features"].get("encoder", f"of row {number}")
-                probes[recipe.name][encoder] = row["protocol"]["train"]["dataset"], float(row["top1"])
+            tiers.add(row["tier"] or "full size")
+            if row["tier"] == tier:
+                group = groups.setdefault(comparison(row), {name: {} for name in path})
+                group[recipe.name][row["protocol"]["encoder"]] = row
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{ledger}: row {number} is no result as `ldae probe` and `ldae fid` write it.") from error
+            raise ValueError(f"{ledger}: row {number} is no result as `ldae fid` writes it.") from error
     if not groups:
         there = (
             f"; there are some at {', '.join(sorted(tiers))}" if tiers else "; measure some with `ldae fid --ledger`"
@@ -137,14 +132,9 @@ def summary(values: list[float]) -> str:
     return f"{mean(values):.1f}{spread} ({len(values)})"
 
 
-def _as_recipe_says(features: dict, recipe: Recipe) -> bool:
-    """Whether a probe was of clean input at the recipe's timestep, as the paper's is."""
-    return (features["timestep"], features.get("noise", "clean")) == (recipe.model["feature_timestep"], "clean")
-
-
-def _step(recipe: Recipe, probes: dict[str, tuple[str, float]], rows: dict[str, dict], dataset: str) -> PathStep:
+def _step(recipe: Recipe, probes: dict[str, ProbeResult], rows: dict[str, dict], dataset: str) -> PathStep:
     step = PathStep(recipe.name, recipe.paper.get("linear_probe_top1"), recipe.paper.get("fid"))
-    probes = {encoder: top1 for encoder, (data, top1) in probes.items() if data == dataset}
+    probes = {encoder: found.top1 for encoder, found in probes.items() if found.dataset == dataset}
     both = probes.keys() & rows.keys()
     step.top1 = [top1 for encoder, top1 in probes.items() if not both or encoder in both]
     for encoder, row in rows.items():

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..image_processing_ldae import LDAEImageProcessor, read_image
+from ..image_processing_ldae import centre_box, read_image, resize_crop
 from ..noise_schedules import NoiseSchedule
 from ..pipeline_ldae import LDAEPipeline
-from ..training.pictures import SMALLEST, mosaic
+from ..training import load_images
+from ..training.pictures import SMALLEST, mosaic, watched_images
 from .generators import load_generator
 from .sample_noise import noise_generators
 
@@ -132,20 +133,40 @@ def noise_to_signal(schedule: NoiseSchedule, timestep: int) -> float:
     return (schedule.sigmas[timestep] / schedule.gammas[timestep]).item()
 
 
-def read_images(files: Sequence[str | Path], processor: LDAEImageProcessor) -> torch.Tensor:
-    """Centre crops (n,C,H,W) uint8 of image files, at the processor's size.
+def check_choice(files: Sequence[str | Path] | None, dataset: str | None) -> None:
+    """Raises ValueError if a command is given neither image files nor a data set, or both."""
+    if bool(files) == (dataset is not None):
+        raise ValueError("Give either image files or --dataset, and not both.")
+
+
+def chosen_images(
+    files: Sequence[str | Path] | None, dataset: str | None, split: str, count: int, image_size: int
+) -> torch.Tensor:
+    """Centre crops (n,C,image_size,image_size) uint8 of image files, else of `count` images spread over a data set.
+
+    Raises:
+        ValueError: an image, or all of a data set, cannot be read.
+    """
+    if files:
+        return read_images(files, image_size)
+    return watched_images(load_images(dataset, split), image_size, count)
+
+
+def read_images(files: Sequence[str | Path], image_size: int) -> torch.Tensor:
+    """Centre crops (n,C,image_size,image_size) uint8 of image files.
 
     Raises:
         ValueError: a file is not there or is no image; the message names it.
     """
-    images = []
+    crops = []
     for file in map(Path, files):
         try:
-            images.append(torch.from_numpy(processor.crop(read_image(file.read_bytes()))))
+            image = read_image(file.read_bytes())
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{file} cannot be used as an image: {reason}") from error
-    return torch.cat(images)
+        crops.append(torch.from_numpy(resize_crop(image, image_size, centre_box(*image.size))))
+    return torch.stack(crops)
 
 
 def check_picture_file(file: Path) -> None:

@@ -213,7 +213,8 @@ def save_checkpoint(
 
     def write_rest(path: Path, copies: dict[str, Tensors]) -> None:
         with quietly():
-            model.save_pretrained(path, state_dict=dict(copies[WEIGHTS]), is_main_process=True)
+            weights = dict(copies[WEIGHTS])  # under the model's own names: some classes have others for their files
+            model.save_pretrained(path, state_dict=weights, is_main_process=True, save_original_format=False)
         extras(path)
         (path / STATE).write_text(json.dumps(state, indent=2))
 
@@ -309,7 +310,7 @@ def load_weights(module: nn.Module, tensors: Tensors) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """AdamW's state as `<parameter name>.<step | exp_avg | exp_avg_sq>`."""
+    """An optimizer's state as `<parameter name>.<key>`; the keys of AdamW are step, exp_avg and exp_avg_sq."""
     slots = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
     return {f"{name}.{key}": value for name, slot in slots.items() for key, value in slot.items()}
 
@@ -318,10 +319,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     """The inverse of `optimizer_tensors`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = optimizer.state_dict()["param_groups"]  # the same parameters as numbers
+    keys = {name.rpartition(".")[2] for name in tensors}
     state = {
         number: {
-            "step": tensors[f"{names[parameter]}.step"],
-            **{key: shard_like(tensors[f"{names[parameter]}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")},
+            key: value if key == "step" else shard_like(value, parameter)
+            for key, value in ((key, tensors[f"{names[parameter]}.{key}"]) for key in keys)
         }
         for group, numbered in zip(optimizer.param_groups, groups, strict=True)
         for parameter, number in zip(group["params"], numbered["params"], strict=True)

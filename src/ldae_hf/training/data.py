@@ -1,15 +1,19 @@
-"""Data loaders: training samples in global batches, training crops for the PCA, centre crops for evaluation.
+"""Data loaders: training samples in global batches, with noise or with labels only, training crops for the PCA, centre
+crops for evaluation.
 
 Batches hold uint8 pixels, to be normalised on the device, and list the images that could not be read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..recipes import Recipe
+from .decoded_images import DecodedImages
 from .sampling import (
+    Augmentation,
     Corruption,
     Crop,
     GlobalBatchSampler,
@@ -23,14 +27,22 @@ from .streaming import OrderedStream, StreamingLoader
 from .workers import shield_from_signals
 
 
-__all__ = ["BadImageError", "ImageSource", "crop_loader", "eval_loader", "load_images", "train_loader"]
+__all__ = [
+    "BadImageError",
+    "ImageSource",
+    "crop_loader",
+    "eval_loader",
+    "labelled_loader",
+    "load_images",
+    "train_loader",
+]
 
 
 class _Samples(Dataset):
     """Samples by (epoch, index). An unreadable image is replaced by the next one that is not; crop, timestep and noise
     stay those of the position."""
 
-    def __init__(self, source: ImageSource, make: SampleMaker):
+    def __init__(self, source: ImageSource | DecodedImages, make: SampleMaker):
         self.source, self.make = source, make
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
@@ -120,27 +132,11 @@ def train_loader(
         Corruption(num_timesteps, tuple(tokens_shape), seed),
         None if label_dropout is None else LabelDropout(label_dropout, seed),
     )
-    pin_memory = torch.cuda.is_available()
     if not source.streaming:
-        batches = GlobalBatchSampler(
-            len(source),
-            global_batch_size,
-            micro_batch_size,
-            num_steps,
-            seed=seed,
-            start_step=start_step,
-            rank=rank,
-            world_size=world_size,
-        )
-        return DataLoader(
-            _Samples(source, make) if cached_tokens is None else _CachedSamples(cached_tokens, make),
-            batch_sampler=batches,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-            worker_init_fn=shield_from_signals,
-            generator=torch.Generator(),  # else each start draws a seed from the generator that a run saves and resumes
-        )
+        samples = _Samples(source, make) if cached_tokens is None else _CachedSamples(cached_tokens, make)
+        sizes = (len(source), global_batch_size, micro_batch_size, num_steps)
+        layout = dict(seed=seed, start_step=start_step, rank=rank, world_size=world_size)
+        return _loader(samples, num_workers, batch_sampler=GlobalBatchSampler(*sizes, **layout))
     accumulation = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
     loader = StreamingLoader(
         source,
@@ -152,7 +148,7 @@ def train_loader(
         world_size=world_size,
         num_workers=num_workers,
         shuffle_buffer=shuffle_buffer,
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
     )
     if state is not None:
         loader.load_state_dict(state)
@@ -162,6 +158,50 @@ def train_loader(
             f"{loader.batches_done / accumulation:g}; give the state that was saved with that step."
         )
     return loader
+
+
+def labelled_loader(
+    source: ImageSource,
+    *,
+    image_size: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_steps: int,
+    start_step: int = 0,
+    crop: str = "random_resized",
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    flip: bool = True,
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    decoded_bytes: int = 0,
+    progress: bool = True,
+) -> DataLoader:
+    """As [`train_loader`] for training with labels: batches of `pixel_values` (B,C,image_size,image_size) uint8,
+    `labels` and `sample_ids` (B,) int64, and `bad_images`.
+
+    Args:
+        augment: called with each crop, uint8 (C,H,W), and the generator of all that it draws, which is a function of
+            seed, epoch and sample; returns the crop's successor, uint8. With workers it must be picklable where
+            processes are not forked.
+        decoded_bytes: memory in which decoded images are kept, as many as fit, so that small ones are decoded once and
+            not in every epoch; they are all read now, with a bar if `progress`.
+
+    Raises:
+        ValueError: as in [`train_loader`], or the data set is a stream or has no labels.
+    """
+    if source.streaming:
+        raise ValueError(f"{source.name} is a stream, whose images cannot be taken in any order; download it first.")
+    if source.label_column is None:
+        raise ValueError(f"{source.name} has no labels; name its label column, or another data set.")
+    crops = Crop(image_size, crop, tuple(crop_scale), flip, seed)
+    make = SampleMaker(crops, augmentation=None if augment is None else Augmentation(augment, seed))
+    sizes = (len(source), global_batch_size, micro_batch_size, num_steps)
+    layout = dict(seed=seed, start_step=start_step, rank=rank, world_size=world_size)
+    samples = _Samples(DecodedImages(source, decoded_bytes, progress), make)
+    return _loader(samples, num_workers, batch_sampler=GlobalBatchSampler(*sizes, **layout))
 
 
 def crop_loader(
@@ -203,10 +243,13 @@ def _one_pass(source, make, batch_size, num_workers, rank=0, world_size=1, start
         samples, order, num_workers = OrderedStream(source, make, rank, world_size), None, max(1, num_workers)
     else:
         samples, order = _Samples(source, make), _InOrder(len(source), rank, world_size, start)
+    return _loader(samples, num_workers, sampler=order, batch_size=batch_size)
+
+
+def _loader(samples: Dataset, num_workers: int, **order) -> DataLoader:
     return DataLoader(
         samples,
-        sampler=order,
-        batch_size=batch_size,
+        **order,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

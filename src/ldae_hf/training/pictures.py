@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,20 +44,30 @@ def watched_levels(schedule: NoiseSchedule, noise_to_signal: Sequence[float] = N
     return sorted({(ratios - ratio).abs().argmin().item() for ratio in noise_to_signal})
 
 
+class Restoration(NamedTuple):
+    """Images at one level of noise: gamma_t and sigma_t, what the model is shown, what it restores; each (n,C,H,W) in
+    the processor's normalisation.
+    """
+
+    gamma: float
+    sigma: float
+    noisy: torch.Tensor
+    restored: torch.Tensor
+
+
 @torch.no_grad()
-def denoising_picture(
+def restorations(
     model: LDAEForPreTraining,
     processor: LDAEImageProcessor,
     pixels: torch.Tensor,
     seed: int = 0,
     timesteps: Sequence[int] | None = None,
-) -> Image.Image:
-    """Images, and for each of a few levels of noise what the model is shown and what it restores, row by row.
+) -> tuple[torch.Tensor, list[Restoration]]:
+    """Images (n,C,H,W) in the processor's normalisation, and what becomes of them at a few levels of noise.
 
-    The noisy image is what the noisy latents decode to, whatever space the network itself sees; the number in its
-    title is sigma_t / gamma_t. The noise is always the same, so that the pictures of a run differ by the weights alone.
-    A model with class labels is told none. Nothing is drawn from torch's generators, and a compiled model runs as it
-    is written: it would be compiled once more for a batch of this size.
+    The noisy image is what the noisy latents decode to, whatever space the network itself sees. The noise is always
+    the same. A model with class labels is told none. Nothing is drawn from torch's generators, and a compiled model
+    runs as it is written: it would be compiled once more for a batch of this size.
 
     Args:
         model: unwrapped, in either mode, which it is left in. Its weights are used as they are: those of an EMA are to
@@ -72,17 +83,44 @@ def denoising_picture(
     images = processor.normalize_pixels(pixels.to(model.device))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(images), processor.num_patches, processor.latent_dim, generator=generator)
-    rows = [("original", images)]
+    found = []
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
             for level in watched_levels(schedule) if timesteps is None else timesteps:
                 noisy, restored = model.denoise(images, level, noise)
-                ratio = (schedule.sigmas[level] / schedule.gammas[level]).item()
-                rows += [(f"noise {ratio:.2f}", noisy), ("restored", restored)]
+                found.append(Restoration(schedule.gammas[level].item(), schedule.sigmas[level].item(), noisy, restored))
     finally:
         model.train(was_training)
+    return images, found
+
+
+def denoising_picture(
+    model: LDAEForPreTraining,
+    processor: LDAEImageProcessor,
+    pixels: torch.Tensor,
+    seed: int = 0,
+    timesteps: Sequence[int] | None = None,
+) -> Image.Image:
+    """Images, and for each of a few levels of noise what the model is shown and what it restores, row by row.
+
+    The number in the title of a noisy image is sigma_t / gamma_t. The pictures of a run differ by the weights alone.
+    Arguments and errors are those of [`restorations`].
+    """
+    images, found = restorations(model, processor, pixels, seed, timesteps)
+    rows = [("original", images)]
+    for gamma, sigma, noisy, restored in found:
+        rows += [(f"noise {sigma / gamma:.2f}", noisy), ("restored", restored)]
     return mosaic(rows, processor)
+
+
+def to_unit_range(images: torch.Tensor, processor: LDAEImageProcessor) -> torch.Tensor:
+    """Images (…,C,H,W) in the processor's normalisation to 0 ... 1, not clipped."""
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None]
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return images * std + mean
 
 
 def mosaic(
@@ -100,8 +138,7 @@ def mosaic(
     """
     images = torch.stack([images.float().cpu() for _, images in rows])
     if processor is not None:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        images = images * std + mean
+        images = to_unit_range(images, processor)
     size, layout = images.shape[-1], images.shape[:2]
     images = F.avg_pool2d(images.nan_to_num(0).clamp(0, 1).flatten(0, 1), max(1, -(-size // LARGEST)))
     pixels = (images * 255).round().to(torch.uint8).unflatten(0, layout)

@@ -4,7 +4,7 @@ Nothing here depends on the number of workers, of processes or of micro-batches.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch.utils.data import Sampler, default_collate
 from ..image_processing_ldae import centre_box, resize_crop
 
 
-_PURPOSES = ("order", "crop", "timestep", "noise", "shards", "buffer", "label", "label_dropout")
+_PURPOSES = ("order", "crop", "timestep", "noise", "shards", "buffer", "label", "label_dropout", "augmentation")
+_PURPOSES += ("mixing", "drop_path")  # of fine-tuning's steps
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
@@ -139,15 +140,34 @@ class LabelDropout:
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """Changes a crop, always in the same way for the same (seed, epoch, sample).
+
+    Args:
+        augment: uint8 (C,H,W) and the generator of all that it draws -> uint8 (C,H,W).
+    """
+
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    seed: int = 0
+
+    def __call__(self, pixels: np.ndarray, epoch: int, sample_id: int) -> np.ndarray:
+        return self.augment(pixels, random_generator(self.seed, "augmentation", epoch, sample_id))
+
+
+@dataclass(frozen=True)
 class SampleMaker:
     """From an image to the dictionary that a data loader stacks; without a `corruption`, pixels and label only."""
 
     crop: Crop
     corruption: Corruption | None = None
     label_dropout: LabelDropout | None = None
+    augmentation: Augmentation | None = None
 
     def __call__(self, image: Image.Image, label: int, epoch: int, sample_id: int) -> dict:
-        return {"pixel_values": self.crop(image, epoch, sample_id)} | self.draws(label, epoch, sample_id)
+        pixels = self.crop(image, epoch, sample_id)
+        if self.augmentation is not None:
+            pixels = self.augmentation(pixels, epoch, sample_id)
+        return {"pixel_values": pixels} | self.draws(label, epoch, sample_id)
 
     def draws(self, label: int, epoch: int, sample_id: int) -> dict:
         """All of a sample but its pixels."""

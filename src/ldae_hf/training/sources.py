@@ -194,7 +194,7 @@ def load_images(
         ConnectionError: the Hub did not answer.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the data set"
-    data = _open(source, name, split, config, streaming, data_dir, data_files)
+    data = open_dataset(source, name, split, config, streaming, data_dir, data_files)
     if isinstance(data, Dataset) and streaming:
         # Shards are the unit that processes and workers share.
         data = data.to_iterable_dataset(num_shards=max(1, min(64, len(data))))
@@ -225,7 +225,8 @@ def load_images(
     return source if quarantine is None else leave_out(source, quarantine)
 
 
-def _open(source, name, split, config, streaming, data_dir, data_files) -> Dataset | IterableDataset:
+def open_dataset(source, name, split, config=None, streaming=False, data_dir=None, data_files=None):
+    """All columns of what [`load_images`] opens; with its arguments."""
     if isinstance(source, (Dataset, IterableDataset)):
         return source
     if isinstance(source, dict):
