@@ -14,20 +14,16 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
 
 from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel, LearnedTokenizer
-from ldae_hf.evaluation import knn as knn_module
 from ldae_hf.evaluation.encoders import PooledFeatures, open_encoder
 from ldae_hf.evaluation.feature_maps import state_fingerprint
 from ldae_hf.evaluation.features import cache_file, extract, extract_features, read_features, write_features
 from ldae_hf.evaluation.figures import filters_figure, save_figure
 from ldae_hf.evaluation.floors import FLOORS, RawPixels, TokenizerLatents, build_floors
-from ldae_hf.evaluation.knn import knn
 from ldae_hf.evaluation.ledger import append_to_ledger, read_ledger, result_table
-from ldae_hf.evaluation.linear_probe import _train_and_score, linear_probe
+from ldae_hf.evaluation.linear_probe import linear_probe
 from ldae_hf.evaluation.metrics import Top1Accuracy, accuracy, ranked_classes
 from ldae_hf.evaluation.online import online_evaluation
 from ldae_hf.evaluation.random_patches import RandomPatches
@@ -127,15 +123,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def blobs(count: int, seed: int, spread: float = 1.0, num_classes: int = 4, dim: int = 12):
-    """Gaussian clusters of unequal scale; the centres are the same for every seed."""
-    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(num_classes, (count,), generator=generator)
-    scales = torch.logspace(-2, 2, dim)
-    return (centres[labels] + spread * torch.randn(count, dim, generator=generator)) * scales + 3, labels
-
-
 # -- Metric -----------------------------------------------------------------------------------------------------------
 
 
@@ -156,156 +143,6 @@ def test_the_metric_takes_plain_classes_and_combines_with_others(no_network):
 
 def test_of_equal_scores_the_lower_class_is_ranked_first():
     assert ranked_classes(torch.zeros(1, 10)).tolist() == [[0, 1, 2, 3, 4]]
-
-
-# -- k-NN -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("similarities", [2**24, 700], ids=["one chunk", "many chunks"])
-def test_knn_equals_sklearns_with_the_same_weights(monkeypatch, similarities):
-    monkeypatch.setattr(knn_module, "SIMILARITIES", similarities)
-    (train, train_labels), (test, test_labels) = blobs(300, 0, spread=2.0), blobs(101, 1, spread=2.0)
-    peer = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine", algorithm="brute")
-    predicted = peer.fit(train.double(), train_labels).predict(test.double())
-    votes = knn_module.knn_votes(train, train_labels, test, 4, k=20, temperature=0.07)
-    assert votes.argmax(1).tolist() == predicted.tolist()
-    expected = 100 * (predicted == test_labels.numpy()).mean()
-    assert knn(train, train_labels, test, test_labels)["top1"] == pytest.approx(expected)
-
-
-def test_a_very_low_temperature_leaves_the_nearest_neighbour_alone():
-    (train, train_labels), (test, test_labels) = blobs(200, 0, spread=2.0), blobs(80, 1, spread=2.0)
-    nearest = knn(train, train_labels, test, test_labels, k=1)["top1"]
-    assert knn(train, train_labels, test, test_labels, k=20, temperature=1e-6)["top1"] == nearest
-
-
-@pytest.mark.parametrize("arguments", [{"k": 0}, {"k": 31}, {"temperature": 0.0}], ids=str)
-def test_knn_refuses_impossible_neighbours(arguments):
-    features, labels = blobs(30, 0)
-    with pytest.raises(ValueError, match="must lie in 1 ... 30"):
-        knn(features, labels, features, labels, **arguments)
-
-
-# -- Linear probe -----------------------------------------------------------------------------------------------------
-
-
-def probe(train, test, **arguments):
-    return linear_probe(*train, *test, **{"progress": False, "batch_size": 64} | arguments)
-
-
-def test_the_probe_reaches_the_accuracy_of_logistic_regression():
-    train, test = blobs(2000, 0, spread=1.5), blobs(2000, 1, spread=1.5)
-    mean, std = train[0].mean(0), train[0].std(0)
-    peer = LogisticRegression(C=np.inf, max_iter=1000).fit((train[0] - mean) / std, train[1])
-    expected = 100 * peer.score((test[0] - mean) / std, test[1])
-    assert 60 < expected < 95
-    assert probe(train, test)["top1"] == pytest.approx(expected, abs=0.7)
-
-
-def test_separable_classes_are_told_apart_without_an_error():
-    result = probe(blobs(400, 0, spread=0.1), blobs(400, 1, spread=0.1))
-    assert result["top1"] == result["best_top1"] == 100
-
-
-def test_random_labels_give_chance():
-    generator = torch.Generator().manual_seed(0)
-    train, test = (
-        (features, labels[torch.randperm(2000, generator=generator)])
-        for features, labels in (blobs(2000, 0), blobs(2000, 1))
-    )
-    assert probe(train, test, epochs=5)["top1"] == pytest.approx(25, abs=4)  # four standard deviations
-
-
-def test_learning_rates_trained_together_do_what_each_does_alone():
-    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
-    together = probe(train, test, learning_rates=(0.001, 0.03, 1.0), epochs=4)["learning_rates"]
-    alone = [probe(train, test, learning_rates=(rate,), epochs=4)["learning_rates"][0] for rate in (0.001, 0.03, 1.0)]
-    assert together == alone
-    assert len({entry["top1"] for entry in together}) > 1
-
-
-def test_the_learning_rate_is_selected_without_the_test_set():
-    train, (features, labels) = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
-    rates = dict(learning_rates=(1e-5, 1e-2, 1.0), epochs=3)
-    result, misled = probe(train, (features, labels), **rates), probe(train, (features, (labels + 1) % 4), **rates)
-    for found in (result, misled):
-        best = max(found["learning_rates"], key=lambda entry: entry["held_out_top1"])
-        assert (found["learning_rate"], found["top1"]) == (best["learning_rate"], best["top1"])
-        assert found["best_top1"] == max(entry["top1"] for entry in found["learning_rates"])
-    # Where test labels are wrong, the worst learning rate looks best on them, and still is not taken.
-    assert misled["learning_rate"] == result["learning_rate"] and misled["best_top1"] > misled["top1"]
-
-
-def test_the_held_out_part_is_not_trained_on_while_learning_rates_are_compared():
-    generator = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(200, 300, generator=generator), torch.randint(4, (200,), generator=generator)
-    result = probe((features, labels), (features, labels), held_out=0.5, learning_rates=(0.1,))
-    assert result["top1"] == 100  # noise is learnt by heart where it is trained on
-    assert result["learning_rates"][0]["held_out_top1"] < 50
-
-
-def test_the_probe_is_the_loop_that_torch_would_run():
-    (features, labels), (others, _) = blobs(130, 0, spread=2.0), blobs(20, 1, spread=2.0)
-    mean, std = features.mean(0), features.std(0, unbiased=False)
-    scores = _train_and_score(
-        features, labels, others, learning_rates=(0.3,), epochs=3, batch_size=32, num_classes=4, seed=5, progress=False
-    )
-    head = torch.nn.Linear(12, 4)
-    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.3, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / 12)))
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(3):
-        for batch in torch.randperm(130, generator=generator)[:128].split(32):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(head((features[batch] - mean) / std), labels[batch]).backward()
-            optimizer.step()
-            schedule.step()
-    torch.testing.assert_close(scores[0], head((others - mean) / std).detach(), rtol=1e-3, atol=1e-3)
-
-
-def test_units_of_the_features_do_not_matter_to_the_probe():
-    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
-    rescaled = ((train[0] * 8 - 100, train[1]), (test[0] * 8 - 100, test[1]))
-    assert probe(*rescaled, epochs=3)["top1"] == pytest.approx(probe(train, test, epochs=3)["top1"], abs=0.7)
-
-
-def test_the_same_seed_gives_the_same_probe_and_another_seed_another_order():
-    train, test = blobs(500, 0, spread=2.0), blobs(300, 1, spread=2.0)
-    first, again, other = (probe(train, test, epochs=2, seed=seed) for seed in (3, 3, 4))
-    assert first["learning_rates"] == again["learning_rates"] != other["learning_rates"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(learning_rates=()), "positive learning rates"),
-        (dict(learning_rates=(0.1, -1.0)), "positive learning rates"),
-        (dict(epochs=0), "at least one epoch"),
-        (dict(held_out=0.0), "held_out=0.0 of 40"),
-        (dict(held_out=0.6), "at most half"),
-    ],
-    ids=str,
-)
-def test_the_probe_refuses_arguments_out_of_range(change, message):
-    with pytest.raises(ValueError, match=message):
-        probe(blobs(40, 0), blobs(20, 1), **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x, y: (x[:, :5], y), "12 values and the test features 5"),
-        (lambda x, y: (x, y[:-1]), "must be"),
-        (lambda x, y: (x.log(), y), "NaN or infinite"),
-        (lambda x, y: (x, y - 9), "without a label"),
-        (lambda x, y: (x, y + 9), "which the training set does not have"),
-    ],
-)
-@pytest.mark.parametrize("evaluation", [linear_probe, knn])
-def test_features_that_cannot_be_evaluated_are_refused(evaluation, change, message):
-    with pytest.raises(ValueError, match=message):
-        evaluation(*blobs(40, 0), *change(*blobs(20, 1)))
 
 
 # -- Features and their cache -----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .whitening import mean_and_std
 
 
 FRACTIONS = (0.01, 0.1)
-STRENGTHS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)  # C of scikit-learn: weight of the loss against the penalty
+STRENGTHS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
 FOLDS = 5
 
 
@@ -31,6 +31,7 @@ def few_shot(
     *,
     fractions: Sequence[float] = FRACTIONS,
     draws: int = 3,
+    strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -42,6 +43,7 @@ def few_shot(
         train_features, test_features: (n,D). train_labels, test_labels: (n,) classes from 0 on.
         fractions: of the training images that are labelled, each above 0 and at most 1.
         draws: random sets of labelled images for each fraction.
+        strengths: those to select from, scikit-learn's C: the weight of the loss against the penalty.
         seed: of the first draw and of the folds; the following draws have the following seeds.
         device: where to compute. progress: show a progress bar.
 
@@ -58,6 +60,8 @@ def few_shot(
     num_classes = check_features(train_features, train_labels, test_features, test_labels)
     if not fractions or not 0 < min(fractions) <= max(fractions) <= 1 or draws < 1:
         raise ValueError("A few-shot evaluation needs fractions of the labels in 0 ... 1, and at least one draw.")
+    if not strengths or min(strengths) <= 0:
+        raise ValueError(f"The strengths {list(strengths)} of logistic regression must be positive, and at least one.")
     labels, test = train_labels.cpu(), (test_features.to(device).float(), test_labels.to(device))
     bar = progress_bar(total=len(fractions) * draws, desc="few-shot", unit=" draws", leave=False, disable=not progress)
     found = []
@@ -66,7 +70,7 @@ def few_shot(
         for draw in range(draws):
             chosen = labelled_subset(labels, fraction, seed + draw)
             features = train_features[chosen.to(train_features.device)].to(device).float()
-            results.append(_fit_and_score(features, labels[chosen].to(device), *test, num_classes, seed))
+            results.append(_fit_and_score(features, labels[chosen].to(device), *test, num_classes, strengths, seed))
             bar.update()
         top1s = [result["top1"] for result in results]
         spread = {"top1": float(np.mean(top1s)), "top1_std": float(np.std(top1s, ddof=1)) if draws > 1 else None}
@@ -82,7 +86,7 @@ def few_shot(
             "images": [entry["images"] for entry in found],
             "draws": draws,
             "head": "standardisation by the labelled images, logistic regression with L2 penalty",
-            "selection": f"C (scikit-learn's) out of {', '.join(f'{strength:g}' for strength in STRENGTHS)} by {FOLDS}-"
+            "selection": f"C (scikit-learn's) out of {', '.join(f'{strength:g}' for strength in strengths)} by {FOLDS}-"
             "fold cross-validation among the labelled images; fewer folds where no class has so many, C=1 where each "
             "has one",
             "seed": seed,
@@ -109,7 +113,7 @@ def labelled_subset(labels: torch.Tensor, fraction: float, seed: int) -> torch.T
     return torch.cat(chosen).sort().values
 
 
-def _fit_and_score(features, labels, test_features, test_labels, num_classes: int, seed: int) -> dict[str, float]:
+def _fit_and_score(features, labels, test_features, test_labels, num_classes, strengths, seed) -> dict[str, float]:
     """Top-1 in percent, and the strength that was selected."""
     mean, std = mean_and_std(features)
     features, test_features = (features - mean) / std, (test_features - mean) / std
@@ -119,11 +123,11 @@ def _fit_and_score(features, labels, test_features, test_labels, num_classes: in
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The least populated class")  # it does not meet all folds: no harm
             splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels.cpu(), labels.cpu()))
-        hits = {strength: 0 for strength in STRENGTHS}
-        for strength in STRENGTHS:
+        hits = dict.fromkeys(strengths, 0)
+        for strength in strengths:
             for rest, held in splits:
                 weights, biases = regression.fit(strength, torch.from_numpy(rest).to(labels.device))
                 hits[strength] += int(((features[held] @ weights + biases).argmax(dim=1) == labels[held]).sum())
-        strength = max(STRENGTHS, key=hits.__getitem__)
+        strength = max(strengths, key=hits.__getitem__)
     weights, biases = regression.fit(strength, torch.arange(len(labels), device=labels.device))
     return {"top1": accuracy(test_features @ weights + biases, test_labels)["top1"], "strength": strength}

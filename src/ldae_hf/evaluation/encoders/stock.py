@@ -86,7 +86,7 @@ def keep_fixed_parameters(trained: nn.Module, fresh: nn.Module) -> None:
     parameters = dict(fresh.named_parameters())
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
-            if not parameter.requires_grad:
+            if not (parameter.requires_grad and parameters[name].requires_grad):
                 parameters[name].copy_(parameter)
 
 
