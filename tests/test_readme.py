@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from ldae_hf.cli import app
 from ldae_hf.evaluation.path_results import path_groups, path_text
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PENDING = (ROOT / "benchmarks" / "pending.md").read_text(encoding="utf-8")
 LEDGER = ROOT / "benchmarks" / "results" / "ledger.jsonl"
+COMPARISONS = re.findall(r"<!-- comparison: ldae (.+?) -->\n(.*?)<!-- end of comparison -->", README, re.DOTALL)
 
 
 def between(start: str, end: str) -> str:
@@ -40,6 +42,13 @@ def test_the_table_of_distances_is_what_the_command_prints():
     start = "<!-- probe and distance: ldae results path --tier cpu --markdown -->"
     [group] = path_groups(LEDGER, "cpu")
     assert between(start, "<!-- end of probe and distance -->") == path_text(group, markdown=True)
+
+
+@pytest.mark.parametrize(("command", "table"), COMPARISONS)
+def test_a_comparison_is_what_its_command_prints(command, table, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(app, shlex.split(command))
+    assert result.exit_code == 0 and result.stdout.strip() == table.strip()
 
 
 def commands() -> list[str]:
