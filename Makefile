@@ -67,7 +67,7 @@ lint: $(STAMP) ## Check the code with ruff.
 	$(RUN) -m ruff check .
 
 bench: $(STAMP) ## Run the side-by-side measurements in benchmarks/.
-	@for name in features pretraining_step import_time pca desk_row loading checkpoint ema sampling; do echo "== $$name"; $(RUN) benchmarks/$$name.py || exit 1; done
+	@for name in features pretraining_step import_time pca desk_row loading checkpoint ema sampling linear_probe; do echo "== $$name"; $(RUN) benchmarks/$$name.py || exit 1; done
 
 clean: ## Remove build products and caches; .venv and runs stay.
 	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-PACKAGES = ("ldae-hf", "torch", "transformers", "diffusers", "timm", "numpy")
+PACKAGES = ("ldae-hf", "torch", "transformers", "diffusers", "timm", "scikit-learn", "numpy")
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -10,8 +10,8 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from ldae_hf.cli import app
-from ldae_hf.evaluation.ledger import read_ledger
 from ldae_hf.evaluation.figures import path_figure, save_figure
+from ldae_hf.evaluation.ledger import read_ledger
 from ldae_hf.evaluation.path_results import choose_group, path_groups, path_text
 from ldae_hf.recipes import load_recipe
 

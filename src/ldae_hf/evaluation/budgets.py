@@ -24,7 +24,7 @@ def budget(group: Group) -> str:
     if recipe and images:
         flops = recipe_flops_per_image(recipe)
         parts.append(f"{_either(f'{count * flops:.2e}' for count in images)} training FLOPs")
-    machines = {row["machine"].get("gpu") or row["machine"]["cpu"] for row in group.rows if row.get("machine")}
+    machines = {place.get("gpu") or place.get("cpu") for row in group.rows if (place := row.get("machine"))} - {None}
     if machines:
         parts.append(f"measured on {_either(sorted(machines))}")
     timesteps = {row["protocol"]["features"].get("timestep") for row in group.rows} - {None}

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .budgets import budget
-from .groups import Group, choose_value, parse_group
+from .groups import Group, choose_value, overrides_of, parse_group
 from .measures import TASKS, Seed, dataset_of, encoder_of, floor_of, numbers_of, seed_of
 from .protocols import comparable_protocol, differences, floor_signature, refusal, signature
 
@@ -94,8 +94,14 @@ def compare(
 
 def _checked(number: int, row: dict) -> dict:
     try:
-        signature(row), floor_of(row), seed_of(row), dataset_of(row), [float(row[key]) for key in numbers_of(row)]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        signature(row), floor_of(row), encoder_of(row), overrides_of(row)
+        {seed_of(row), dataset_of(row), row["protocol"]["features"].get("timestep")}  # noqa: B018, they can be counted
+        beside = (row.get("floors") or {}).values()
+        for key in numbers_of(row):
+            numbers = [float(row[key]), *(float(entry[key]) for entry in beside if entry.get(key) is not None)]
+            if not all(0 <= value <= 100 for value in numbers):
+                raise ValueError(f"a {key} is no percentage")
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"Row {number} is no {row['task']} as our commands write it: {error!r}.") from error
     return row
 

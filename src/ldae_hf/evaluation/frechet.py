@@ -3,7 +3,6 @@
 With Inception's features it is FID. It depends on the extractor, and on the number of images: fewer give a larger one.
 """
 
-
 import torch
 
 

@@ -10,6 +10,11 @@ from ..training.circumstances import circumstances
 
 
 LEDGER = Path("benchmarks/results/ledger.jsonl")
+# A ledger may come from anywhere; what is read of every row is of these kinds, or not there.
+TEXTS = ("task", "name", "recipe", "tier", "command", "rerun")
+KINDS = (
+    dict.fromkeys(TEXTS, str) | {"overrides": list} | dict.fromkeys(("training", "floors", "machine", "protocol"), dict)
+)
 
 
 def append_to_ledger(row: dict, path: str | Path = LEDGER) -> dict:
@@ -42,16 +47,17 @@ def append_to_ledger(row: dict, path: str | Path = LEDGER) -> dict:
 
 
 def read_ledger(path: str | Path = LEDGER) -> list[dict]:
-    """The rows of a ledger, oldest first; none if there is no file. A broken line is left out with a warning."""
+    """The rows of a ledger, oldest first; none if there is no file. A broken line, and one whose `KINDS` are others, is
+    left out with a warning."""
     path, rows = Path(path), []
     if not path.exists():
         return rows
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError:  # also of bytes that are no text
+        except (ValueError, RecursionError):  # also of bytes that are no text, and of brackets without end
             row = line
-        if isinstance(row, dict):
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind | None) for key, kind in KINDS.items()):
             rows.append(row)
         elif row is not None:
             warnings.warn(f"{path}: line {number} is no row of a ledger and is left out.", stacklevel=2)

@@ -43,7 +43,7 @@ def rows_text(rows: dict[int, dict]) -> str:
     """A table: number, task, recipe with tier and overrides or the encoder's name, seed, the main number, data."""
     table = [("row", "task", "encoder", "tier", "seed", "result", "data")]
     for number, row in rows.items():
-        recipe = " + ".join([str(row["recipe"]), *(row.get("overrides") or [])]) if row.get("recipe") else None
+        recipe = " + ".join(map(str, [row["recipe"], *(row.get("overrides") or [])])) if row.get("recipe") else None
         seed = (row.get("training") or {}).get("seed")
         result = row.get(TASKS.get(row.get("task"), ("", row.get("task")))[1])
         table.append(
@@ -54,9 +54,16 @@ def rows_text(rows: dict[int, dict]) -> str:
                 row.get("tier") or "",
                 "" if seed is None else str(seed),
                 f"{result:.1f}" if isinstance(result, int | float) else "",
-                dataset_of(row) if "protocol" in row else "",
+                _data(row),
             )
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in table]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _data(row: dict) -> str:
+    try:
+        return str(dataset_of(row))
+    except (LookupError, TypeError):  # a row that we did not write
+        return ""

@@ -41,6 +41,9 @@ def online_evaluation(
             [found] = extract(maps, source, encoder.image_size, device=encoder.device, **loading)
             tensors += [found.features, found.labels]
         probe = linear_probe(*tensors, epochs=epochs, seed=seed, device=encoder.device, progress=False)
-        return {"probe_top1": probe["top1"], "knn_top1": knn(*tensors, k=k, device=encoder.device)["top1"]}
+        return {
+            "probe_top1": probe["top1"],
+            "knn_top1": knn(*tensors, k=k, variants=("pooled",), device=encoder.device)["top1"],
+        }
 
     return evaluate
