@@ -170,3 +170,30 @@ def test_floors_are_all_of_them_the_chosen_ones_or_none():
     assert evaluation_options({"seed": 1, "floors": None}) == {"seed": 1}  # the function's own default: all
     assert evaluation_options({"floors": ["latents", "untrained"]}) == {"floors": ("latents", "untrained")}
     assert evaluation_options({"floors": ["none"]}) == {"floors": ()}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["probe", "runs/none"], "--ledger"),
+        (["knn", "runs/none"], "--output"),
+        (["finetune", "runs/none", "--output-dir", "runs/finetuned"], "--ledger"),
+        (["full-probe", "runs/none", "--output-dir", "runs/probe"], "--output"),
+        (["segment", "runs/none", "--dataset", "none"], "--ledger"),
+        (["retrieve", "runs/none"], "--picture"),
+        (["sweep", "depth", "runs/none"], "--figure"),
+        (["figure", "schedules"], "--output"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    refused = ldae(*command, option, "file/result.png")
+    assert refused.exit_code == 2 and refused.stderr.startswith("Error: file/result.png")
+    assert "cannot be written" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_a_figure_may_be_called_like_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schedules").mkdir()
+    assert ldae("figure", "schedules").exit_code == 0 and (tmp_path / "schedules.svg").is_file()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -305,6 +306,24 @@ def test_errors_say_what_there_is():
         only(["l_dae", "mae"], [*L_DAE, broken])
 
 
+@pytest.mark.parametrize("number", [math.inf, math.nan, -5.0, 10**400, "many", None])
+def test_a_number_that_is_no_percentage_is_refused(number):
+    rows = [row("l_dae", 0, 44.0), row("mae", 0, number)]
+    with pytest.raises(ValueError, match="Row 2 is no linear_probe as our commands write it"):
+        only(["l_dae", "mae"], rows)
+    with pytest.raises(ValueError, match="Row 2 is no linear_probe as our commands write it"):
+        only(["l_dae", "mae"], [rows[0], row("mae", 0, 1.0, training={"seed": [0]})])
+    if number is not None:
+        with pytest.raises(ValueError, match="Row 2 is no linear_probe as our commands write it"):
+            only(["l_dae", "mae"], [rows[0], row("mae", 0, 1.0, floors={"raw pixels": {"top1": number}})])
+
+
+def test_choosing_by_a_key_that_nobody_knows_is_refused():
+    rows = [probe("mae", 0, 60.0, 40.0), probe("l_dae", 0, 45.0, 44.0)]
+    with pytest.raises(ValueError, match="No linear probe of l_dae says its train.learning_rat"):
+        only(["l_dae", "mae"], rows, choose="train.learning_rat")
+
+
 def test_an_encoder_from_elsewhere_is_named_as_it_was_evaluated():
     stranger = row("mae", 0, 70.0, recipe=None, tier=None, overrides=None, training=None, name="timm:vit_small")
     comparison = only(["l_dae", "timm:vit_small"], [*L_DAE, stranger])
@@ -375,3 +394,10 @@ def test_the_command_refuses_on_one_line(runs, tmp_path):
     assert "linear_probe.epochs is 90 and 30" in refused.stderr
     assert "There is no ledger" in ldae_compare("l_dae", "mae", "--ledger", tmp_path / "absent.jsonl").stderr
     assert "two groups or more" in ldae_compare("l_dae", "--ledger", runs / "ledger.jsonl").stderr
+    asked = ("l_dae", "mae", "--tier", "cpu", "--ledger", runs / "ledger.jsonl", "--figure")
+    for figure, message in (
+        (tmp_path / "figure.pdf", "must end in .png or .svg"),
+        (tmp_path / "ledger.jsonl" / "figure.png", "cannot be written"),
+    ):
+        refused = ldae_compare(*asked, figure)
+        assert refused.exit_code == 2 and refused.stdout == "" and message in refused.stderr

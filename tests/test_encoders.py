@@ -255,10 +255,33 @@ def test_weights_that_are_missing_or_unknown_are_named(folders, tmp_path):
         open_encoder(folder, device="cpu")
 
 
-def test_pickles_are_not_read(folders, tmp_path):
+@pytest.mark.parametrize("config", ["[]", "[" * 200_000, "\xff", '"vit"'])
+def test_a_configuration_that_describes_no_model_is_a_plain_error(tmp_path, config):
+    (tmp_path / "config.json").write_bytes(config.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"config.json of {tmp_path}"):
+        open_encoder(tmp_path)
+
+
+def test_a_folder_that_is_not_there_or_has_no_configuration_is_called_so(tmp_path):
+    with pytest.raises(ValueError, match="There is no folder .*nowhere"):
+        open_encoder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no config.json"):
+        open_encoder(tmp_path)
+
+
+def test_damaged_weights_are_a_plain_error(folders, tmp_path):
+    folder = copied(folders["vit"], tmp_path / "damaged")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="The weights of .*damaged are damaged"):
+        open_encoder(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
+def test_pickles_are_not_read(folders, tmp_path, name):
     folder = copied(folders["vit"], tmp_path / "pickled")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickles are not read; ldae weights convert .*pytorch_model.bin --output"):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ValueError, match=f"pickles are not read; ldae weights convert .*{name} --output"):
         open_encoder(folder, device="cpu")
 
 

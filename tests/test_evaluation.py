@@ -23,6 +23,7 @@ from ldae_hf.evaluation.features import cache_file, extract, extract_features, r
 from ldae_hf.evaluation.figures import filters_figure, save_figure
 from ldae_hf.evaluation.floors import FLOORS, RawPixels, TokenizerLatents, build_floors
 from ldae_hf.evaluation.ledger import append_to_ledger, read_ledger, result_table
+from ldae_hf.evaluation.ledger_rows import numbered_rows, rows_text
 from ldae_hf.evaluation.linear_probe import linear_probe
 from ldae_hf.evaluation.metrics import Top1Accuracy, accuracy, ranked_classes
 from ldae_hf.evaluation.online import online_evaluation
@@ -565,6 +566,25 @@ def test_a_broken_line_costs_only_itself(tmp_path):
         assert [row["n"] for row in read_ledger(file)] == [1, 4]
     assert len(warned) == 3
     assert read_ledger(tmp_path / "none.jsonl") == []
+
+
+def test_a_ledger_from_anywhere_is_read_without_a_crash(tmp_path):
+    file = tmp_path / "ledger.jsonl"
+    strange = [
+        {"task": ["knn"]},
+        {"tier": ["cpu"]},
+        {"overrides": 5},
+        {"floors": [5]},
+        {"training": [5]},
+        {"protocol": 1},
+    ]
+    rows = [{"task": "knn", "top1": 10**400, "overrides": [5], "recipe": "l_dae", "protocol": {"test": "x"}}]
+    text = "".join(json.dumps(row) + "\n" for row in [*strange, *rows])
+    file.write_text(text + "[" * 200_000 + "\n")
+    with pytest.warns(UserWarning, match="no row of a ledger") as warned:
+        assert read_ledger(file) == rows
+        assert "l_dae + 5" in rows_text(numbered_rows(file))
+    assert len(warned) == 2 * (len(strange) + 1)
 
 
 def test_writers_at_the_same_time_lose_no_row(tmp_path):

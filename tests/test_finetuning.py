@@ -420,6 +420,8 @@ def test_an_average_that_would_hardly_move_is_warned_of():
         (dict(layer_decay=1.5), "layer_decay is 1.5"),
         (dict(ema_decay=1.0), "ema_decay is 1.0"),
         (dict(warmup_epochs=101), "warmup_epochs is 101, but must be in 0...100"),
+        (dict(learning_rate=0.0, min_learning_rate=0.0), "learning_rate is 0.0, but must be in 1e-12...inf"),
+        (dict(crop_scale=(0, 1)), r"crop_scale is \(0, 1\), but must be 0 < smallest <= largest <= 1"),
     ],
 )
 def test_a_recipe_out_of_range_is_refused(change, words):

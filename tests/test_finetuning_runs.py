@@ -184,8 +184,10 @@ def test_without_an_average_the_weights_themselves_are_measured_and_bf16_trains_
     assert not any("test_top1_ema" in line for line in found)
     assert row["top1"] == [line["test_top1"] for line in found if "test_top1" in line][-1]
     assert [json.loads(line)["task"] for line in ledger.read_text().splitlines()] == ["fine_tune"]
-    again = train(encoder, images, tmp_path / "run", dict(ema_decay=0, epochs=2), mixed_precision="bf16", ledger=ledger)
-    assert again == row and len(ledger.read_text().splitlines()) == 1
+    asked = dict(ledger=ledger, output=tmp_path / "out.json")  # the latter only now
+    again = train(encoder, images, tmp_path / "run", dict(ema_decay=0, epochs=2), mixed_precision="bf16", **asked)
+    assert again == row == json.loads((tmp_path / "out.json").read_text())
+    assert len(ledger.read_text().splitlines()) == 1
 
 
 def test_from_scratch_is_named_so_and_begins_elsewhere(encoder, images, unbroken, tmp_path):

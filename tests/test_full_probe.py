@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -245,6 +246,14 @@ def test_the_same_command_again_gives_the_finished_result_and_does_nothing(files
     assert (folder / "sessions.jsonl").read_bytes() == before and len(lines(folder.parent, "ledger.jsonl")) == 1
 
 
+def test_a_finished_result_still_goes_where_it_is_asked_for(files, straight, tmp_path):
+    folder, row = straight
+    output, ledger = tmp_path / "late" / "out.json", tmp_path / "late.jsonl"
+    for _ in range(2):
+        assert probe(files, folder, output=output, ledger=ledger) == row
+    assert json.loads(output.read_text()) == row and lines(tmp_path, "late.jsonl") == [row]
+
+
 @pytest.mark.parametrize("options", [{}, dict(optimizer="adamw", noise="fresh")], ids=["lars", "adamw"])
 def test_a_resumed_probe_is_the_undisturbed_one_to_the_last_bit(files, straight, tmp_path, options):
     whole, row = straight
@@ -276,6 +285,16 @@ def test_a_signal_stops_it_within_a_step_and_nothing_is_lost(files, straight, tm
     assert len([line for line in lines(folder) if "loss" in line]) == STEPS
 
 
+def test_a_probe_whose_running_statistics_are_still_their_start_is_warned_of():
+    short, whole = (Protocol.resolve(9469, epochs=epochs) for epochs in (3, 90))  # a step an epoch
+    assert short.lines(short.plan(9469, 1, None))[-1].startswith("warning: after 3 steps 73%")
+    assert "warning" not in whole.lines(whole.plan(9469, 1, None))[-1]
+    norm = ProbeHead(4, 2).norm
+    for _ in range(3):
+        norm(torch.full((8, 4), 10.0))
+    assert torch.allclose(norm.running_mean, torch.full((4,), 10 * (1 - 0.9**3)))
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(files, straight, tmp_path):
     row = probe(files, tmp_path / "two", processes=2)
@@ -299,11 +318,15 @@ def test_a_floor_stands_in_the_encoders_place(files, tmp_path):
     assert row["protocol"]["features"]["floor"] == "raw pixels" and row["top1"] > 60  # the class is a colour
 
 
-def test_a_folder_is_kept_from_another_probe(files, straight):
+def test_a_folder_is_kept_from_another_probe(files, straight, tmp_path):
     with pytest.raises(RunError, match="full_linear_probe.optimizer='lars', not 'adamw'"):
         probe(files, straight[0], optimizer="adamw")
     with pytest.raises(RunError, match="features.noise='clean', not 'fresh"):
         probe(files, straight[0], noise="fresh")
+    shutil.copytree(files / "images", tmp_path / "other")  # as many images in splits of the same names
+    options = dict(output_dir=straight[0], epochs=EPOCHS, batch_size=16, num_workers=0, cache_dir=None)
+    with pytest.raises(RunError, match="train.dataset='images', not 'other'"):
+        Child(lambda: run_full_probe(files / "encoder", tmp_path / "other", **options)).join()
 
 
 def test_the_stamp_gives_the_number_again(files, straight, tmp_path):

@@ -186,6 +186,8 @@ def test_a_layer_sweep_is_a_grid_of_layers_and_pools(run, dataset, options):
     ]
     chosen = run_layer_sweep(run, dataset, layers=[2], pools=["mean"], **options)
     assert chosen["points"] == [row["points"][2]]
+    given = run_layer_sweep(run, dataset, layers=[2], pools=["mean"], processor=run / "encoder", **options)
+    assert f"--processor {run / 'encoder'}" in given["rerun"] and "--processor" not in chosen["rerun"]
 
 
 @pytest.mark.parametrize("kind", ["depth", "timesteps", "layers"])

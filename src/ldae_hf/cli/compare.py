@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Tier
+from .options import Figure, Tier
 
 
 def compare(
@@ -26,7 +26,7 @@ def compare(
         str | None,
         typer.Option(metavar="KEY", help="Take of each recipe the value of KEY that is best on held-out images."),
     ] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw it too, .png or .svg.")] = None,
+    figure: Figure = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables in markdown.")] = False,
 ):
     """Show groups of runs side by side: each task's mean and 95 % interval over seeds, the gaps, and the floors.

@@ -25,6 +25,7 @@ from .evaluation_options import (
     TrainSplit,
     evaluation_options,
 )
+from .options import ImageColumn, LabelColumn
 
 
 LearningRates = Annotated[
@@ -42,6 +43,8 @@ def probe(
     dataset: Dataset = None,
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     layers: Layers = None,
     pools: Pools = None,
     batch_norm: Annotated[
@@ -96,6 +99,8 @@ def knn(
     dataset: Dataset = None,
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     layer: Layer = "last",
     pool: Pool = "mean",
     k: Annotated[list[int] | None, typer.Option(help="Neighbours that vote; may be repeated; default 20.")] = None,
@@ -148,6 +153,8 @@ def few_shot(
     dataset: Dataset = None,
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     layer: Layer = "last",
     pool: Pool = "mean",
     fractions: Annotated[
@@ -192,6 +199,8 @@ def attentive_probe(
     dataset: Dataset = None,
     train_split: TrainSplit = None,
     test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     layer: Layer = "last",
     learning_rates: LearningRates = None,
     num_heads: Annotated[int, typer.Option(help="Learned queries, each with its own attention.")] = 8,

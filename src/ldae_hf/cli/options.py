@@ -1,5 +1,6 @@
 """What the commands share: how they show an error, and options that mean the same everywhere."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,30 @@ class PlainErrors(TyperGroup):
 
 # Help is plain text: it can be copied, and rich need not be imported for it.
 PLAIN = dict(cls=PlainErrors, no_args_is_help=True, rich_markup_mode=None)
+
+
+def can_be_written(file: Path | None) -> Path | None:
+    """The file of an option, if it can be written there: that is said before hours of work and not after.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if file is not None:
+        there = next(path for path in (file.absolute(), *file.absolute().parents) if path.exists())
+        if file.is_dir() or there.is_dir() == file.exists() or not os.access(there, os.W_OK):
+            raise ValueError(f"{file} cannot be written; name a file in a folder where you may write.")
+    return file
+
+
+def is_figure(file: Path | None) -> Path | None:
+    """The file of a figure, if it has the ending of one and can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if file is not None and file.suffix not in (".png", ".svg"):
+        raise ValueError(f"--figure {file} must end in .png or .svg.")
+    return can_be_written(file)
 
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe's name, or the path of your own .yaml file.")]
@@ -69,5 +94,8 @@ MaxSteps = Annotated[int | None, typer.Option(help="Stop after this step, with a
 MaxMinutes = Annotated[float | None, typer.Option(help="Stop after this time, with a checkpoint.")]
 
 # ---- of results
-Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")]
-Ledger = Annotated[Path | None, typer.Option(help="Append the result to this JSON-lines file.")]
+Output = Annotated[Path | None, typer.Option(help="Write the result to this JSON file.", callback=can_be_written)]
+Ledger = Annotated[
+    Path | None, typer.Option(help="Append the result to this JSON-lines file.", callback=can_be_written)
+]
+Figure = Annotated[Path | None, typer.Option(help="Draw it too, .png or .svg.", callback=is_figure)]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import PLAIN, Tier
+from .options import PLAIN, Figure, Tier
 
 
 app = typer.Typer(**PLAIN)
@@ -49,7 +49,7 @@ def path(
     ledger: Annotated[Path, typer.Option(help="Results of ldae probe and ldae fid.")] = USUAL,
     tier: Tier = None,
     group: Annotated[int | None, typer.Option(help="Only the distances of this number, in the order shown.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Draw it too, .png or .svg.")] = None,
+    figure: Figure = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables in markdown.")] = False,
 ):
     """Show the linear probe and the Fréchet distance along the paper's path, the paper's numbers and ours.

@@ -22,7 +22,7 @@ from .evaluation_options import (
     Timestep,
     evaluation_options,
 )
-from .options import ImageColumn, LabelColumn
+from .options import ImageColumn, LabelColumn, can_be_written
 
 
 def retrieve(
@@ -51,7 +51,9 @@ def retrieve(
     num_workers: NumWorkers = 2,
     output: Output = None,
     ledger: Ledger = None,
-    picture: Annotated[Path | None, typer.Option(help="Paint queries and their nearest images to this file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Paint queries and their nearest images to this file.", callback=can_be_written)
+    ] = None,
 ):
     """Nearest-neighbour retrieval with encoders, beside their floors: exact, by cosine.
 

@@ -20,7 +20,7 @@ from .evaluation_options import (
     Timestep,
     TrainSplit,
 )
-from .options import PLAIN
+from .options import PLAIN, is_figure
 
 
 app = typer.Typer(**PLAIN)
@@ -31,7 +31,9 @@ LearningRates = Annotated[
     typer.Option("--learning-rate", help="Of the probe; the best on held-out samples counts; may be repeated."),
 ]
 Epochs = Annotated[int, typer.Option(help="Passes over the cached features.")]
-Figure = Annotated[Path | None, typer.Option(help="Draw it too, the paper's numbers beside: .png or .svg.")]
+Figure = Annotated[
+    Path | None, typer.Option(help="Draw it too, the paper's numbers beside: .png or .svg.", callback=is_figure)
+]
 
 
 @app.callback()
@@ -161,8 +163,6 @@ def _show(run, options: dict) -> None:
     from ldae_hf.evaluation.sweep_text import sweep_table
 
     figure = options.pop("figure")
-    if figure is not None and figure.suffix not in (".png", ".svg"):
-        raise ValueError(f"--figure {figure} must end in .png or .svg.")
     options = {name: value for name, value in options.items() if value is not None}
     row = run(**options)
     typer.echo(sweep_table(row))

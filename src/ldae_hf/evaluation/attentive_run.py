@@ -28,6 +28,8 @@ def run_attentive_probe(
     train_split: str | None = None,
     test_split: str | None = None,
     test_dataset: str | Path | ImageSource | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     processor=None,
     layer: int | str = "last",
     timestep: int | None = None,
@@ -53,8 +55,8 @@ def run_attentive_probe(
     """Attentive probe on the patch tokens of encoders, and on the floors beside each; as [`run_linear_probe`].
 
     Args:
-        encoders, dataset, train_split, test_split, test_dataset, processor, timestep, noise, dtype, image_size,
-            crop_share, device, output, ledger: as for [`evaluate_encoders`].
+        encoders, dataset, train_split, test_split, test_dataset, image_column, label_column, processor, timestep,
+            noise, dtype, image_size, crop_share, device, output, ledger: as for [`evaluate_encoders`].
         layer: the block after which tokens are taken, after the final norm; a class token and registers are left out.
         floors: out of "pixels" (the values of each patch), "latents" (what the tokenizer or a PCA makes of them) and
             "untrained" (the encoder with new weights); others have no tokens.
@@ -76,11 +78,14 @@ def run_attentive_probe(
     recipes = [recipe_beside(source) for source in sources]
     dataset, *splits = (dataset, "train", "test") if dataset is not None else data_of(recipes)
     splits = [given or default for given, default in zip((train_split, test_split), splits, strict=True)]
-    images = [labelled(*pair) for pair in zip((dataset, test_dataset or dataset), splits, strict=True)]
+    columns = dict(image_column=image_column, label_column=label_column)
+    images = [labelled(*pair, **columns) for pair in zip((dataset, test_dataset or dataset), splits, strict=True)]
     loading = dict(crop_share=crop_share, batch_size=batch_size, num_workers=num_workers, memory=memory)
     probing = dict(learning_rates=tuple(learning_rates), num_heads=num_heads, epochs=epochs, held_out=held_out)
-    options = dict(dataset=dataset, train_split=splits[0], test_split=splits[1], processor=processor, layer=layer)
-    options |= dict(noise=noise, dtype=dtype, floor=list(floors) or ["none"], learning_rate=list(learning_rates))
+    options = dict(dataset=dataset, train_split=splits[0], test_split=splits[1], **columns, processor=processor)
+    options |= dict(
+        layer=layer, noise=noise, dtype=dtype, floor=list(floors) or ["none"], learning_rate=list(learning_rates)
+    )
     options |= dict(num_heads=num_heads, epochs=epochs, held_out=held_out, probe_batch_size=probe_batch_size)
     options |= dict(seed=seed, **loading)
 

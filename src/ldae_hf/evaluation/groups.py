@@ -11,6 +11,9 @@ from ..recipes import recipe_names
 from .protocols import recipes_value, signature
 
 
+UNKNOWN = "null"  # what neither the recipe nor an override says, as text
+
+
 @dataclass(frozen=True)
 class Group:
     """What `ldae compare` was given as one side.
@@ -129,6 +132,11 @@ def choose_value(group: Group, rows: Sequence[dict], key: str) -> tuple[Group, s
             competing.setdefault(value, {}).setdefault(signature(row), {})[encoder] = held_out_top1(row)
     if not competing:
         raise ValueError(f"{group.name} has no linear probe by which --choose {key} could choose; run `ldae probe`.")
+    if list(competing) == [UNKNOWN]:
+        raise ValueError(
+            f"No linear probe of {group.name} says its {key}; --choose takes the key of an override, such as "
+            "train.base_learning_rate."
+        )
     shared = [name for name in next(iter(competing.values())) if all(name in found for found in competing.values())]
     if not shared:
         raise ValueError(

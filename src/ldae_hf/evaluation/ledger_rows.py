@@ -53,7 +53,7 @@ def rows_text(rows: dict[int, dict]) -> str:
                 recipe or str(row.get("name") or ""),
                 row.get("tier") or "",
                 "" if seed is None else str(seed),
-                f"{result:.1f}" if isinstance(result, int | float) else "",
+                f"{result:.1f}" if isinstance(result, int | float) and abs(result) < 1e9 else "",
                 _data(row),
             )
         )

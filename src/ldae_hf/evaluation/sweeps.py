@@ -176,9 +176,10 @@ def run_layer_sweep(
         layer, _, pool = name.partition("/")
         return {"layer": int(layer), "pool": pool}
 
-    part = (source, dict(layers=layers, pools=pools), describe)
-    row = _swept("sweep_layers", [part], dataset, options.pop("processor", None), **options)
-    return _recorded(row, source, dataset, options | {"layer": layers, "pool": pools}, output, ledger)
+    part, processor = (source, dict(layers=layers, pools=pools), describe), options.pop("processor", None)
+    row = _swept("sweep_layers", [part], dataset, processor, **options)
+    options |= {"layer": layers, "pool": pools, "processor": processor}
+    return _recorded(row, source, dataset, options, output, ledger)
 
 
 def _swept(task: str, parts: list[tuple], dataset, processor, *, learning_rates=(), epochs=90, **options) -> dict:

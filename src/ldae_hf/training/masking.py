@@ -96,7 +96,9 @@ class MaskedAutoencoder(ViTMAEForPreTraining):
     @torch.no_grad()
     def initialize_as_mae(self) -> None:
         """Linear layers, and the patch embedding as one, Xavier-uniform with zero bias; class and mask token normal
-        with std 0.02; fixed sine-cosine positions, zero for the class token.
+        with std 0.02; fixed sine-cosine positions, zero for the class token. Queries, keys and values are drawn each as
+        a layer of its own, as in ViT's JAX code, which MAE follows; MAE's PyTorch code, like l-DAE, draws the three as
+        one, with weights smaller by the root of 2.
 
         transformers' own leaves all positions at zero, and draws linear layers from a normal distribution: it is meant
         for weights that are loaded over it.

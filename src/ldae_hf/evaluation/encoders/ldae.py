@@ -11,6 +11,7 @@ from ...configuration_ldae import CONVOLUTIONAL_TOKENIZERS
 from ...image_processing_ldae import LDAEImageProcessor
 from ...latent_tokenizers import LearnedTokenizer
 from ...modeling_ldae import LDAEModel, LDAEPreTrainedModel
+from ...progress import quietly
 from ...training.sampling import random_generator
 from ..feature_maps import state_fingerprint
 from .base import NOISES, Encoder
@@ -38,7 +39,8 @@ def load_ldae(
         model = encoder.base_model
     else:
         processor = encoder if processor is None else processor
-        model = LDAEModel.from_pretrained(encoder)
+        with quietly():
+            model = LDAEModel.from_pretrained(encoder)
         if model.config.tokenizer in CONVOLUTIONAL_TOKENIZERS:
             model.set_tokenizer(LearnedTokenizer.from_pretrained(encoder, subfolder="tokenizer"))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -65,7 +65,17 @@ def _library(source: str | Path | PreTrainedModel) -> str:
         raise ValueError(f"An encoder is a folder, a name, or a model of transformers, not a {type(source).__name__}.")
     if str(source).startswith(PREFIX):
         return "timm"
-    config = json.loads(Path(cached_file(source, "config.json")).read_text())
+    if not Path(source).is_dir() and (Path(source).is_absolute() or str(source).startswith((".", "~"))):
+        raise ValueError(f"There is no folder {source}.")  # and it cannot be a name on the Hub
+    file = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        raise ValueError(f"{source} has no config.json, which says what encoder it is.")
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"config.json of {source} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json of {source} does not describe a model.")
     if "model_type" not in config and "architecture" in config:
         return "timm"
     return "ldae_hf" if config.get("model_type") == "ldae" else "transformers"

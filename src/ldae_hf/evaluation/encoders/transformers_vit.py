@@ -8,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -129,13 +130,17 @@ def load_transformers(
 def _load_model(source: str | Path) -> PreTrainedModel:
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        pickles = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt") for file in folder.glob(kind))
         advice = f"; ldae weights convert {folder / pickles[0]} --output {folder / 'model.safetensors'}" * bool(pickles)
         raise ValueError(f"{source} holds no weights in safetensors, and pickles are not read{advice}.")
     options = dict(trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     # transformers only warns, and goes on with random weights; what is amiss is judged here.
-    with quietly(), _without_warnings():
-        model, found = AutoModel.from_pretrained(source, **options)
+    try:
+        with quietly(), _without_warnings():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model, found = AutoModel.from_pretrained(source, config=config, **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {source} are damaged ({error}); copy or download them again.") from error
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
     unexpected = sorted(key for key in found["unexpected_keys"] if not key.startswith(HEADS))
     refuse_other_weights(source, type(model).__name__, missing, unexpected)

@@ -58,7 +58,7 @@ class FineTuningRecipe:
         ranges = {
             "epochs": (1, math.inf),
             "global_batch_size": (1, math.inf),
-            "learning_rate": (0, math.inf),
+            "learning_rate": (1e-12, math.inf),
             "warmup_epochs": (0, self.epochs),
             "min_learning_rate": (0, self.learning_rate),
             "weight_decay": (0, math.inf),
@@ -75,6 +75,8 @@ class FineTuningRecipe:
         for name, (least, most) in ranges.items():
             if not least <= getattr(self, name) <= most:
                 raise RunError(f"{name} is {getattr(self, name)}, but must be in {least:g}...{round(most, 6):g}.")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise RunError(f"crop_scale is {tuple(self.crop_scale)}, but must be 0 < smallest <= largest <= 1.")
 
     def for_width(self, width: int) -> "FineTuningRecipe":
         """With the layer decay of an encoder of this width, if none is given."""

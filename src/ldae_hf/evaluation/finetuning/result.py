@@ -17,7 +17,6 @@ from ...training.circumstances import circumstances
 from ...training.data import ImageSource, eval_loader
 from ..full_probe.images import ProbeImages
 from ..full_probe.report import training_of
-from ..ledger import append_to_ledger
 from ..metrics import accuracy
 from ..rerun import rerun_command
 from .classifiers import Classifier
@@ -138,11 +137,7 @@ def rerun(options: SimpleNamespace, encoder_facts: dict, images: ProbeImages, re
     return rerun_command("finetune", explicit, [options.encoder])
 
 
-def write_result(row: dict, output_dir: Path, output: Path | None, ledger: Path | None) -> None:
-    """In the run's folder last: what is there is not measured again."""
-    row = append_to_ledger(row, ledger) if ledger else circumstances() | row
-    text = json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(text, encoding="utf-8")
+def write_result(row: dict, output_dir: Path) -> None:
+    """In the run's folder: what is there is not measured again."""
+    text = json.dumps(circumstances() | row, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(output_dir / RESULT, text)

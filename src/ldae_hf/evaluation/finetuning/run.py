@@ -25,7 +25,7 @@ from ...training.run_folder import check_options, check_same_run, identity, newe
 from ...training.session import RunError, Session, make_accelerator
 from ..encoders import open_encoder
 from ..full_probe.images import ProbeImages
-from ..full_probe.report import recipe_of
+from ..full_probe.report import hand_over, recipe_of
 from .batches import training_batches
 from .classifiers import build_classifier
 from .drop_path import DropPath
@@ -130,11 +130,17 @@ def run(session: Session, options: SimpleNamespace) -> dict | None:
     plan = FineTuningPlan.of(recipe, len(images.train), accelerator.num_processes, options.per_device_batch_size)
     run = run_facts(options, encoder, images, recipe)
     check_same_run(output_dir, run)
+
+    def result() -> dict:
+        row = json.loads((output_dir / RESULT).read_text())
+        session.on_main(lambda: hand_over(row, options.output, options.ledger))
+        return row
+
     if (output_dir / RESULT).is_file():
         accelerator.print(
             f"this run is finished; its result is {output_dir / RESULT}, its model {output_dir / 'model'}"
         )
-        return json.loads((output_dir / RESULT).read_text())
+        return result()
     session.own()
     check_task(output_dir)
     check_same_run(output_dir, run)  # again: another run may have begun here, and ended, since
@@ -240,8 +246,8 @@ def run(session: Session, options: SimpleNamespace) -> dict | None:
         row = result_row(
             options, encoder.facts, encoder.name, classifier, images, recipe, plan, scores, len(log.seen_bad)
         )
-        write_result(row, output_dir, options.output, options.ledger)
+        write_result(row, output_dir)
 
     session.on_main(report)
     accelerator.print(f"model: {output_dir / 'model'}")
-    return json.loads((output_dir / RESULT).read_text())
+    return result()

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .lars import LARS
-from .protocol import EPSILON, INITIAL_STD, Protocol
+from .protocol import EPSILON, INITIAL_STD, MOMENTUM, Protocol
 
 
 class ProbeHead(nn.Module):
@@ -19,7 +19,7 @@ class ProbeHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, count: int = 1, seed: int = 0):
         super().__init__()
-        self.norm = nn.BatchNorm1d(dim, eps=EPSILON, affine=False)
+        self.norm = nn.BatchNorm1d(dim, eps=EPSILON, momentum=MOMENTUM, affine=False)
         self.classifiers = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(count))
         weight = torch.empty(num_classes, dim)
         nn.init.trunc_normal_(weight, std=INITIAL_STD, generator=torch.Generator().manual_seed(seed))

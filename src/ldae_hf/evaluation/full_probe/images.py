@@ -1,6 +1,7 @@
 """The labelled images that the probe trains and is tested on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...recipes.recipe import Recipe
 from ...training.data import ImageSource, load_images
@@ -53,10 +54,18 @@ class ProbeImages:
         return cls(train, test, splits, len(classes))
 
     def identity(self) -> dict[str, dict]:
-        """By which a run knows its images again, wherever they are."""
-        sources = {"train": self.train, "test": self.test}
-        names = dict(zip(sources, self.splits, strict=True))
-        return {key: {"split": names[key], "images": len(source)} for key, source in sources.items()}
+        """By which a run knows its images again, whatever folder they are in."""
+        found = zip(("train", "test"), (self.train, self.test), self.splits, strict=True)
+        return {
+            key: {
+                "dataset": Path(source.name).name,
+                "split": split,
+                "images": len(source),
+                "label_column": source.label_column,
+                "classes": self.num_classes,
+            }
+            for key, source, split in found
+        }
 
     def facts(self, bad_images: tuple[int, int] = (0, 0)) -> dict[str, dict]:
         """What a result says of `train` and `test`. bad_images: of either, which could not be read."""

@@ -10,6 +10,7 @@ from ...training.session import RunError
 TASK = "full_linear_probe"
 BATCH_SIZE = 16_384
 BASE_LEARNING_RATES = {"lars": 0.1, "adamw": 1e-4}  # · batch / 256: 6.4 (MAE's) and the paper's 6.4e-3 at 16,384
+MOMENTUM = 0.1  # of BatchNorm's running statistics, torch's default
 EPSILON = 1e-6  # added to BatchNorm's variance, as in MAE's probe
 INITIAL_STD = 0.01  # of the weights, as there
 CROP_SCALE = (0.08, 1.0)
@@ -105,12 +106,23 @@ class Protocol:
             ema_decay=None,
         )
 
+    def lines(self, plan: Plan) -> list[str]:
+        """As [`Plan.lines`], with a warning where BatchNorm's running statistics, by which it is tested, still hold
+        much of the mean of 0 and the variance of 1 that they begin with."""
+        lines = plan.lines()
+        if (share := (1 - MOMENTUM) ** plan.total_steps) > 0.01:
+            lines.append(
+                f"warning: after {plan.total_steps} steps {share:.0%} of BatchNorm's running statistics are still "
+                "their start, by which the test loses points; take more --epochs or a smaller --batch-size"
+            )
+        return lines
+
     def stamp(self, plan: Plan) -> dict:
         """All of it in words and numbers, for the result."""
         smaller = "" if self.batch_size == BATCH_SIZE else f" (the paper's is {BATCH_SIZE:,})"
         return {
-            "head": f"BatchNorm without affine (eps {EPSILON:g}, momentum 0.1), linear; weights begin truncated "
-            f"normal, std {INITIAL_STD:g}, biases at 0",
+            "head": f"BatchNorm without affine (eps {EPSILON:g}, momentum {MOMENTUM:g}), linear; weights begin "
+            f"truncated normal, std {INITIAL_STD:g}, biases at 0",
             "optimizer": OPTIMIZERS[self.optimizer],
             "learning_rates": list(self.learning_rates),
             "selection": "top1: the first learning rate, after the last step",

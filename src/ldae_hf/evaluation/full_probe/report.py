@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 from ...recipes.recipe import Recipe
 from ...training.session import RunError
 from ..encoders.timm_vit import PREFIX
+from ..ledger import append_to_ledger, read_ledger
 from ..rerun import rerun_command
 from .images import ProbeImages
 from .protocol import Protocol
@@ -62,6 +63,17 @@ def training_of(source) -> dict:
         "overrides": recipe and recipe.overrides,
         "training": file and json.loads(file.read_text()),
     }
+
+
+def hand_over(row: dict, output: str | Path | None, ledger: str | Path | None) -> None:
+    """A finished result, also one of an earlier session, to the file and the ledger that are asked for; a ledger that
+    has it gets it no second time."""
+    if ledger and row not in read_ledger(ledger):
+        append_to_ledger(row, ledger)
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False)
+        Path(output).write_text(text + "\n", encoding="utf-8")
 
 
 def rerun(options: SimpleNamespace, images: ProbeImages, protocol: Protocol, timestep: int | None) -> str | None:

@@ -22,13 +22,12 @@ from ...training.metrics_log import MetricsLog, read_lines
 from ...training.run_folder import check_options, newest_checkpoint
 from ...training.session import Interrupted, Session, make_accelerator
 from ..features import FEATURE_CACHE, Features, extract
-from ..ledger import append_to_ledger
 from ..metrics import accuracy
 from .features import choose_features
 from .head import ProbeHead, make_optimizer, set_learning_rates
 from .images import ProbeImages
 from .protocol import CROP_SCALE, TASK, Protocol
-from .report import check_same_probe, recipe_of, rerun, training_of
+from .report import check_same_probe, hand_over, recipe_of, rerun, training_of
 
 
 RESULT = "result.json"
@@ -125,9 +124,15 @@ def run(session: Session, options: SimpleNamespace) -> dict | None:
     plan = protocol.plan(len(images.train), accelerator.num_processes, options.per_device_batch_size)
     identity = json.loads(json.dumps({"features": features.stamp, **images.identity(), TASK: asdict(protocol)}))
     check_same_probe(output_dir, identity)
+
+    def result() -> dict:
+        row = json.loads((output_dir / RESULT).read_text())
+        session.on_main(lambda: hand_over(row, options.output, options.ledger))
+        return row
+
     if (output_dir / RESULT).is_file():
         accelerator.print(f"this probe is finished; its result is {output_dir / RESULT}")
-        return json.loads((output_dir / RESULT).read_text())
+        return result()
     session.own()
     check_same_probe(output_dir, identity)  # again: another probe may have begun here, and ended, since
     session.on_main(lambda: write_text(output_dir / "run.json", json.dumps(identity, indent=2)))
@@ -164,7 +169,7 @@ def run(session: Session, options: SimpleNamespace) -> dict | None:
         progress=accelerator.is_main_process,
     )
     log = MetricsLog(output_dir, accelerator, resume_at=step, settings={})
-    accelerator.print("\n".join(plan.lines()))
+    accelerator.print("\n".join(protocol.lines(plan)))
     if step:
         accelerator.print(f"resuming at step {step:,} from {found}")
     writer = CheckpointWriter(output_dir / "checkpoints", options.keep_checkpoints, accelerator.is_main_process)
@@ -261,12 +266,8 @@ def run(session: Session, options: SimpleNamespace) -> dict | None:
             },
             "rerun": rerun(options, images, protocol, features.timestep),
         }
-        row = append_to_ledger(row, options.ledger) if options.ledger else circumstances() | row
-        text = json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        if options.output:
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.output).write_text(text, encoding="utf-8")
-        write_text(output_dir / RESULT, text)
+        text = json.dumps(circumstances() | row, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_text(output_dir / RESULT, text)  # first: what is there is not measured again
 
     session.on_main(report)
-    return json.loads((output_dir / RESULT).read_text())
+    return result()
