@@ -227,7 +227,23 @@ def test_choosing_takes_the_value_that_is_best_on_held_out_images_for_every_task
     assert values["linear probe"][1] == {0: 50.0, 1: 51.0}  # not the 60 % that the test images would choose
     assert values["k-NN"][1] == {0: 33.0}
     (said,) = [note for note in comparison.notes if note.startswith("mae:")]
-    assert f"{RATE} = 0.003 of " in said and "0.003 (47.0 %, n = 2)" in said and "(40.0 %, n = 1)" in said
+    assert f"{RATE} = 0.003 of " in said and "0.003 (48.0 %)" in said and "(40.0 %)" in said and "n = 1" in said
+
+
+def test_choosing_compares_the_values_on_the_seeds_that_all_of_them_have():
+    slow = [probe("mae", seed, 50.0, held_out) for seed, held_out in ((0, 48.0), (1, 40.0), (2, 40.0))]
+    fast = [probe("mae", 0, 50.0, 47.0, "3.0e-3")]  # better than the mean of the others, worse for its own seed
+    comparison = only(["l_dae", "mae"], [probe("l_dae", 0, 45.0, 44.0), *slow, *fast], choose=RATE)
+    assert comparison.lines[0].values[1] == {0: 50.0, 1: 50.0, 2: 50.0}
+    with pytest.raises(ValueError, match="have no seed in common"):
+        only(["l_dae", "mae"], [probe("l_dae", 0, 45.0, 44.0), *slow[1:], *fast], choose=RATE)
+
+
+def test_latents_of_an_encoder_without_its_own_are_the_floor_of_those_with():
+    ours, theirs = row("l_dae", 0, 45.0), row("mae", 0, 47.0)
+    ours["floors"], theirs["floors"] = {"PCA latents": {"top1": 40.0}}, {"PCA latents, K = 16": {"top1": 41.0}}
+    [line] = only(["l_dae", "mae"], [ours, theirs]).lines
+    assert list(line.floors) == ["PCA latents"] and set(line.floors["PCA latents"]) == {40.0, 41.0}
 
 
 def test_choosing_reads_the_grid_of_a_probe_over_several_features_too():

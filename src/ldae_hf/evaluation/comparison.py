@@ -200,7 +200,8 @@ def _lines(task: str, groups: list[Group], floor_rows: list[dict]) -> tuple[list
 def _floors(key: str, rows: list[dict], floor_rows: list[dict]) -> dict[str, list[float]]:
     """The number of each floor in rows of one protocol, and in floors' own rows of that protocol."""
     protocols = {floor_signature(row) for row in rows}
-    beside = [(name, entry) for row in rows for name, entry in (row.get("floors") or {}).items()]
+    # "PCA latents, K = 16" of an encoder without latents of its own is the same floor as an l-DAE's "PCA latents".
+    beside = [(name.partition(", K = ")[0], entry) for row in rows for name, entry in (row.get("floors") or {}).items()]
     beside += [(floor_of(row), row) for row in floor_rows if floor_signature(row) in protocols]
     found = {}
     for name, entry in beside:

@@ -111,7 +111,8 @@ def _as_text(value) -> str:
 
 
 def choose_value(group: Group, rows: Sequence[dict], key: str) -> tuple[Group, str]:
-    """The group whose override of `key` has the best held-out accuracy of the linear probe, mean over seeds.
+    """The group whose override of `key` has the best held-out accuracy of the linear probe, mean over the seeds that
+    all values have.
 
     The accuracy is that of a part of the training images which the probe was not trained on: no test image chooses.
 
@@ -122,14 +123,14 @@ def choose_value(group: Group, rows: Sequence[dict], key: str) -> tuple[Group, s
         The group with that override, without rows, and a sentence: what was chosen out of what.
 
     Raises:
-        ValueError: no linear probe of the group, or none that all values have under one protocol.
+        ValueError: no linear probe of the group, or none that all values have under one protocol and of one seed.
     """
-    competing: dict[str, dict[str, dict[str, float]]] = {}  # value -> protocol -> encoder -> held-out accuracy
+    competing: dict[str, dict[str, dict[int | None, float]]] = {}  # value -> protocol -> seed -> held-out accuracy
     for row in rows:
         if row["task"] == "linear_probe" and group.matches(row, free=key):
             value = overrides_of(row).get(key) or _as_text(recipes_value(row, key))
-            encoder = row["protocol"]["features"].get("encoder")
-            competing.setdefault(value, {}).setdefault(signature(row), {})[encoder] = held_out_top1(row)
+            seed = (row.get("training") or {}).get("seed")
+            competing.setdefault(value, {}).setdefault(signature(row), {})[seed] = held_out_top1(row)
     if not competing:
         raise ValueError(f"{group.name} has no linear probe by which --choose {key} could choose; run `ldae probe`.")
     if list(competing) == [UNKNOWN]:
@@ -143,11 +144,18 @@ def choose_value(group: Group, rows: Sequence[dict], key: str) -> tuple[Group, s
             f"{group.name}: the linear probes of {key} = {', '.join(competing)} share no protocol, so none can be "
             "chosen; measure them with the same options of `ldae probe`."
         )
-    scores = {value: mean(found[shared[-1]].values()) for value, found in competing.items()}
+    accuracies = {value: found[shared[-1]] for value, found in competing.items()}
+    # A value with more seeds than the others is no better or worse for those that they do not have.
+    seeds = set.intersection(*map(set, accuracies.values()))
+    if not seeds:
+        raise ValueError(
+            f"{group.name}: the linear probes of {key} = {', '.join(accuracies)} have no seed in common, so none can "
+            "be chosen; train one seed with each value."
+        )
+    scores = {value: mean(found[seed] for seed in seeds) for value, found in accuracies.items()}
     chosen = max(scores, key=scores.__getitem__)
-    counts = {value: len(found[shared[-1]]) for value, found in competing.items()}
-    listed = ", ".join(f"{value} ({scores[value]:.1f} %, n = {counts[value]})" for value in sorted(scores, key=_number))
-    said = f"{group.name}: {key} = {chosen} of {listed}, by held-out accuracy of the linear probe"
+    listed = ", ".join(f"{value} ({scores[value]:.1f} %)" for value in sorted(scores, key=_number))
+    said = f"{group.name}: {key} = {chosen} of {listed}, by held-out accuracy of the linear probe, n = {len(seeds)}"
     overrides = tuple(sorted((dict(group.overrides) | {key: chosen}).items()))
     return replace(group, overrides=overrides), said
 
