@@ -282,6 +282,17 @@ def test_the_bars_of_the_path_are_the_papers_numbers_and_the_ledgers_means_with_
     assert {key: marks[key] for key in "|x+"} == {"|": [[41, place]], "x": [[51, place]], "+": [[30, place]]}
 
 
+def test_a_floor_above_the_bar_is_seen_and_the_number_stands_beyond_it(ledger):
+    row = probe_row("l_dae", "e9", 46.0)
+    row["floors"] = {"random whitened patches": {"top1": 56.0}, "untrained encoder": {"top1": 30.0}}
+    figure = path_bars(path_steps(ledger(row), "cpu")[0], "ours")
+    ours = figure.axes[1]
+    colors = {line.get_marker(): line.get_color() for line in ours.lines if len(line.get_xdata())}
+    assert colors["x"] == "black" and colors["+"] == "white"
+    [text] = ours.texts
+    assert 56 < text.get_position()[0] < ours.get_xlim()[1]
+
+
 def test_a_schedule_is_drawn_as_the_share_of_signal_that_its_table_has():
     axis = schedules_figure(["linear_sigma", "single_level"], 3).axes[0]
     sigma, single = (line.get_ydata().tolist() for line in axis.lines)

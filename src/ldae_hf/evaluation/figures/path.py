@@ -62,8 +62,8 @@ def path_steps(ledger: str | Path | None = LEDGER, tier: str | None = None) -> t
 def path_bars(steps: list[Step], ours: str) -> Figure:
     """Draws a bar for each step from the top down, from 0 on, with its number: the paper's on the left, ours beside it.
 
-    Ours are the mean over encoders, with a line of the standard deviation where there are several. Marks within our
-    bars are floors: a linear probe on what is no trained encoder.
+    Ours are the mean over encoders, with a line of the standard deviation where there are several. Marks are floors, a
+    linear probe on what is no trained encoder: white within our bar, black where a floor is higher than it.
 
     Args:
         steps: from [`path_steps`]. ours: title of our panel, which is left out where there is no number of ours.
@@ -74,15 +74,19 @@ def path_bars(steps: list[Step], ours: str) -> Figure:
     figure = new_figure(ONE_COLUMN, 0.75 + 0.19 * len(steps))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (title, fill, values) in zip(axes, panels, strict=True):
-        highest = max(mean(numbers) for numbers in values if numbers)
+        floors = [_floors_of(step) if fill == OUR_FILL else {} for step in steps]
+        means = [mean(numbers) for numbers in values if numbers]
+        highest = max([*means, *(value for found in floors for value in found.values())])
         for place, numbers in enumerate(values):
             if numbers:
                 error = stdev(numbers) if len(numbers) > 1 else None
                 bar = dict(xerr=error, color=fill, ecolor="black", error_kw=dict(linewidth=0.8))
                 axis.barh(place, mean(numbers), 0.72, **bar)
-                end = mean(numbers) + (error or 0) + 0.03 * highest
+                ends = [mean(numbers) + (error or 0) + 0.04 * highest]
+                ends += [value + 0.09 * highest for value in floors[place].values()]  # beyond the mark
+                end = max(ends)
                 axis.text(end, place, f"{mean(numbers):.1f}", fontsize=FONT, va="center")
-        axis.set_xlim(0, 1.36 * highest)
+        axis.set_xlim(0, 1.42 * highest)
         axis.set_xticks([])
         axis.spines["bottom"].set_visible(False)
         say(axis, "top-1 (%)", title=title)
@@ -94,14 +98,20 @@ def path_bars(steps: list[Step], ours: str) -> Figure:
     return figure
 
 
+def _floors_of(step: Step) -> dict[str, float]:
+    """The means of the floors that are marked."""
+    return {kind: mean(step.floors[kind]) for kind in FLOORS if kind in step.floors}
+
+
 def _mark_floors(figure: Figure, axis: Axes, steps: list[Step]) -> None:
+    look = dict(linestyle="none", markersize=5, markeredgewidth=1.1)
     for kind, (marker, name) in FLOORS.items():
-        places = [place for place, step in enumerate(steps) if kind in step.floors]
-        if places:
-            values = [mean(steps[place].floors[kind]) for place in places]
-            look = dict(linestyle="none", marker=marker, color="white", markersize=5, markeredgewidth=1.1)
-            axis.plot(values, places, **look)
-            axis.plot([], [], **(look | {"color": "black"}), label=name)
+        found = [(_floors_of(step)[kind], place, step.ours) for place, step in enumerate(steps) if kind in step.floors]
+        for value, place, ours in found:
+            color = "white" if ours and value < mean(ours) else "black"  # there is no bar behind the latter
+            axis.plot([value], [place], marker=marker, color=color, **look)
+        if found:
+            axis.plot([], [], marker=marker, color="black", label=name, **look)
     if axis.get_legend_handles_labels()[0]:
         spacing = dict(handletextpad=0.2, columnspacing=1)
         figure.legend(loc="outside lower center", ncols=3, fontsize=FONT, frameon=False, **spacing)
