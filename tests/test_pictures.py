@@ -1,5 +1,6 @@
 """What is painted while a run trains: the watched images, what the model is shown of them, what it restores."""
 
+import copy
 import json
 
 import numpy as np
@@ -139,6 +140,7 @@ def test_a_compiled_model_is_not_compiled_again_for_a_picture():
 def test_another_models_processor_is_refused():
     model, _, _ = build(new_config("l_dae"))
     _, other, _ = build(new_config("patch_pca_k_32"))
+    other = copy.copy(other)  # the processor is shared by all tests
     other.latent_scaling = "whiten"
     with pytest.raises(ValueError, match="latent_scaling"):
         denoising_picture(model, other, images(other.image_size)[:2])
