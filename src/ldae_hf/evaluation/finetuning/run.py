@@ -25,7 +25,8 @@ from ...training.run_folder import check_options, check_same_run, identity, newe
 from ...training.session import RunError, Session, make_accelerator
 from ..encoders import open_encoder
 from ..full_probe.images import ProbeImages
-from ..full_probe.report import hand_over, recipe_of
+from ..full_probe.report import hand_over
+from ..inputs import recipe_beside
 from .batches import training_batches
 from .classifiers import build_classifier
 from .drop_path import DropPath
@@ -123,7 +124,7 @@ def run(session: Session, options: SimpleNamespace) -> dict | None:
     check_task(output_dir)
     told = {key: getattr(options, key) for key in ("train_split", "test_split", "image_column", "label_column")}
     images = session.together(
-        lambda: ProbeImages.open(options.dataset, recipe_of(options.encoder), **told), at_once=True
+        lambda: ProbeImages.open(options.dataset, recipe_beside(options.encoder), **told), at_once=True
     )
     encoder = open_encoder(options.encoder, timestep=options.timestep, device="cpu")
     recipe = options.recipe.for_width(encoder.dim)

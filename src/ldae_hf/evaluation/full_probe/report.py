@@ -4,12 +4,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from transformers import PreTrainedModel
-from transformers.utils import cached_file
-
-from ...recipes.recipe import Recipe
 from ...training.session import RunError
-from ..encoders.timm_vit import PREFIX
+from ..inputs import beside_weights, recipe_beside
 from ..ledger import append_to_ledger, read_ledger
 from ..rerun import rerun_command
 from .images import ProbeImages
@@ -38,25 +34,11 @@ def check_same_probe(output_dir: Path, identity: dict[str, dict]) -> None:
                 )
 
 
-def beside_encoder(source, name: str) -> Path | None:
-    """A file that travels with an encoder's weights, None if there is none."""
-    if isinstance(source, PreTrainedModel) or str(source).startswith(PREFIX):
-        return None
-    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return Path(file) if file else None
-
-
-def recipe_of(source) -> Recipe | None:
-    """The recipe in an encoder's folder."""
-    file = beside_encoder(source, "recipe.json")
-    return file and Recipe.load(file.parent)
-
-
 def training_of(source) -> dict:
     """`recipe`, `tier`, `overrides` and `training` of an encoder, None where nobody knows, as of None."""
     if source is None:
         return dict.fromkeys(("recipe", "tier", "overrides", "training"))
-    recipe, file = recipe_of(source), beside_encoder(source, "training.json")
+    recipe, file = recipe_beside(source), beside_weights(source, "training.json")
     return {
         "recipe": recipe and recipe.name,
         "tier": recipe and recipe.tier,

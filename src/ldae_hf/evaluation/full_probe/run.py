@@ -22,12 +22,13 @@ from ...training.metrics_log import MetricsLog, read_lines
 from ...training.run_folder import check_options, newest_checkpoint
 from ...training.session import Interrupted, Session, make_accelerator
 from ..features import FEATURE_CACHE, Features, extract
+from ..inputs import recipe_beside
 from ..metrics import accuracy
 from .features import choose_features
 from .head import ProbeHead, make_optimizer, set_learning_rates
 from .images import ProbeImages
 from .protocol import CROP_SCALE, TASK, Protocol
-from .report import check_same_probe, hand_over, recipe_of, rerun, training_of
+from .report import check_same_probe, hand_over, rerun, training_of
 
 
 RESULT = "result.json"
@@ -111,7 +112,7 @@ def run(session: Session, options: SimpleNamespace) -> dict | None:
     accelerator, output_dir, device = session.accelerator, options.output_dir, session.accelerator.device
 
     # ---- resolve: what this run is
-    recipe = recipe_of(options.encoder)
+    recipe = recipe_beside(options.encoder)
     told = {key: getattr(options, key) for key in ("train_split", "test_split", "image_column", "label_column")}
     images = session.together(lambda: ProbeImages.open(options.dataset, recipe, **told), at_once=True)
     chosen = {
