@@ -168,7 +168,7 @@ def cases() -> list[Case]:
         Case("last step", at_step(STEPS)),
         Case("last update", at(module("pretrain"), "update", STEPS), "SIGINT", rank=None, workers=2),
         Case("last checkpoint", at(CheckpointWriter, "_write", STEPS // 3, seconds=1), code=0),
-        Case("encoder", at(module("pretrain"), "save_encoder"), code=0),
+        Case("encoder", at(module("denoising"), "save_encoder"), code=0),
         Case("perceptual network", at(LabelFeatures, "logits", 3, LONG), kind="learned", breaks=True),
         Case("tokenizer, a step", at(module("tokenizers"), "update", 4), kind="learned", rank=None, workers=2),
         Case("tokenizer, adversarial", at(module("tokenizers"), "hinge_loss", 3), "SIGINT", kind="learned"),
