@@ -76,6 +76,8 @@ SWEEPS = {
     "l_dae_k": ["8", "16", "64", "128", "256", "768"],
     "epochs": ["800", "1600"],
     "size": ["b", "l"],
+    "k_8_noise_of": ["32", "768"],
+    "k_32_noise_of": ["8", "768"],
     "latent_scaling": ["whiten", "none"],
     "residual_weight": ["0", "0.01", "1"],
 }
@@ -138,8 +140,10 @@ def test_the_family_has_one_root_and_every_name_once():
 
 def test_a_recipe_without_a_number_of_the_paper_is_a_control_or_says_where_the_paper_speaks_of_it():
     ours = {"retrain_vqgan", "flip", "noise_matched_768", "random_projection", "snr_matched"}
+    ours |= {"k_768_noise_of_8", "random_projection_noise_of_32"}
     ours |= {"perceptual_labels", "perceptual_random_labels", "mae", "mae_equal_flops"}
-    ours |= {name for sweep in ("l_dae_k", "latent_scaling", "residual_weight") for name in sweep_members(sweep)}
+    sweeps = ("l_dae_k", "latent_scaling", "residual_weight", "k_8_noise_of", "k_32_noise_of")
+    ours |= {name for sweep in sweeps for name in sweep_members(sweep)}
     assert {name for name in recipe_names() if not load_recipe(name).paper} == ours
 
 
@@ -211,6 +215,29 @@ def test_the_noise_matched_control_scales_the_noise_by_the_measured_ratio_of_lat
         tier: load_recipe("noise_matched_768", tier).model["sigma_max"] / 2**0.5 for tier in (None, "desk", "cpu")
     }
     assert ratios == pytest.approx({None: 4.80, "desk": 4.80, "cpu": 3.3635}, abs=1e-3)
+
+
+@pytest.mark.parametrize("tier", [None, "desk", "desk_cpu", "cpu"])
+def test_the_noise_grid_has_one_noise_level_for_each_dimension_whose_noise_is_taken(tier):
+    names = {(8, 8): "l_dae_k_8", (8, 32): "k_8_noise_of_32", (8, 768): "k_8_noise_of_768"}
+    names |= {(32, 8): "k_32_noise_of_8", (32, 32): "l_dae", (32, 768): "k_32_noise_of_768"}
+    names |= {(768, 8): "k_768_noise_of_8", (768, 32): "noise_matched_768", (768, 768): "l_dae_k_768"}
+    found = {cell: load_recipe(name, tier).model for cell, name in names.items()}
+    # In a column each K has its own latent scale, so that sigma_max over its K's own is one ratio for all columns.
+    spread = {k: found[k, 32]["sigma_max"] / found[32, 32]["sigma_max"] for k in (8, 32, 768)}
+    assert spread[8] < 1 < spread[768]
+    for (own, taken), model in found.items():
+        assert model["sigma_max"] == pytest.approx(2**0.5 * spread[own] / spread[taken], rel=1e-3)
+        assert model["latent_dim"] == found[own, own]["latent_dim"]
+    random = load_recipe("random_projection_noise_of_32", tier).model
+    assert (random["tokenizer"], random["latent_dim"]) == ("random_projection", found[32, 32]["latent_dim"])
+    assert random["sigma_max"] == found[768, 32]["sigma_max"]
+
+
+def test_a_tier_refuses_a_noise_level_that_was_not_measured_on_its_patches():
+    for tier in ("cifar10", "quickstart"):
+        with pytest.raises(RecipeError, match="model.sigma_max has no translation for 2.748"):
+            load_recipe("k_32_noise_of_8", tier)
 
 
 @pytest.mark.parametrize("tier", [None, *tier_names()])

@@ -9,7 +9,8 @@ points of the same number, row minus reference, and n is how many seeds both hav
 - Equal: two one-sided t-tests at 5 % each, against -2 and +2 points (the 90 % interval lies within ±2): `holds`; the
   95 % interval lies wholly outside ±2: `reversed`; else `within noise`.
 - No claim in the paper: `higher`, `lower` or `within noise`, by the 95 % interval and 0.
-- Fewer than two seeds in common: `not run`, or `one seed`. Nothing to compare at a tier: `not testable`, and why.
+- Fewer than three seeds in common: `not run`, or `too few seeds`. Nothing to compare at a tier: `not testable`, and
+  why.
 
 Each claim is judged for itself: of twenty claims that are not true one is expected to look as if it were.
 """
@@ -24,11 +25,12 @@ from ..evaluation.intervals import Interval, paired_difference, smallest_effect
 Claim = Literal["higher", "lower", "equal"]
 
 EQUAL_BELOW = 1.0  # points in the paper: a smaller difference of its two numbers is a claim of equality
+FEWEST = 3  # seeds of a verdict
 MARGIN = 2.0  # points: what counts as equal here
 RULE = (
     "Verdicts: seed-paired differences to the reference and their 95 % t-interval; a direction holds or is reversed if "
     f"the interval lies on one side of 0; equality (the paper's numbers differ by less than {EQUAL_BELOW:g}) holds by "
-    f"two one-sided tests at 5 % against ±{MARGIN:g} points; detectable: the effect that so many seeds of this spread "
+    f"two one-sided tests at 5 % against ±{MARGIN:g} points; no verdict on fewer than {FEWEST} seeds; detectable: the effect that so many seeds of this spread "
     "would show in 80 of 100 cases."
 )
 
@@ -62,8 +64,8 @@ def judge(claim: Claim | None, values: Mapping[int, float], reference: Mapping[i
     difference = paired_difference(reference, values)
     if difference is None:
         return Verdict("not run")
-    if difference.half_width is None:
-        return Verdict("one seed", difference)
+    if difference.count < FEWEST:
+        return Verdict("too few seeds", difference)
     pairs = [values[seed] - reference[seed] for seed in reference if seed in values]
     detectable = smallest_effect(stdev(pairs), len(pairs))
     low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
