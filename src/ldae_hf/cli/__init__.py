@@ -18,6 +18,7 @@ from .pretrain import pretrain
 from .push import push
 from .replay import replay
 from .report import report
+from .reproduce import reproduce
 from .retrieve import retrieve
 from .segment import segment
 from .verify import verify
@@ -50,6 +51,7 @@ app.command()(few_shot)
 app.command()(attentive_probe)
 app.command()(full_probe)
 app.command()(compare)
+app.command()(reproduce)
 app.command()(finetune)
 app.command()(segment)
 app.command()(retrieve)

@@ -1,5 +1,5 @@
 """The paper's tables and figures, run here: which rows a table has, what is missing of them, and what they say.
 
-`experiments.py` names the rows, `verdicts.py` states the rule, `jobs.py` and `run.py` do what is missing, `table.py` and
-`figure.py` show it.
+`experiments.py` names the rows, `verdicts.py` states the rule, `jobs.py` and `run.py` do what is missing, `estimate.py`
+says how long that takes, `table.py` and `figure.py` show what there is.
 """

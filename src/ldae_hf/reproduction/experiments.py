@@ -75,7 +75,7 @@ class Experiment:
             reference = self.reference(row)
             known = reference is not None and None not in (row.paper, reference.paper)
             size = -abs(row.paper - reference.paper) if known else 0
-        return row.label not in references, row.against is not None, not known, size
+            return row.label not in references, row.against is not None, not known, size
 
         return sorted(self.rows, key=effect)
 
@@ -207,9 +207,7 @@ def _depth(tier: str | None) -> Experiment:
         against = None if block == encoder else f"block {encoder} of {blocks}"
         # The paper's curve falls to both sides of the middle; a small model has blocks where it has no number.
         claim = "lower" if against and paper is None else None
-        rows.append(
-            Row(f"block {block} of {blocks}", END_OF_PATH, "depth", (("block", block),), paper, against, claim)
-        )
+        rows.append(Row(f"block {block} of {blocks}", END_OF_PATH, "depth", (("block", block),), paper, against, claim))
     return Experiment("", "Which block ends the encoder", tuple(rows))
 
 

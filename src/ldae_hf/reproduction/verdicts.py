@@ -28,10 +28,10 @@ EQUAL_BELOW = 1.0  # points in the paper: a smaller difference of its two number
 FEWEST = 3  # seeds of a verdict
 MARGIN = 2.0  # points: what counts as equal here
 RULE = (
-    "Verdicts: seed-paired differences to the reference and their 95 % t-interval; a direction holds or is reversed if "
-    f"the interval lies on one side of 0; equality (the paper's numbers differ by less than {EQUAL_BELOW:g}) holds by "
-    f"two one-sided tests at 5 % against ±{MARGIN:g} points; no verdict on fewer than {FEWEST} seeds; detectable: the effect that so many seeds of this spread "
-    "would show in 80 of 100 cases."
+    "Verdicts: seed-paired differences to the reference and their 95 % t-interval; a direction holds or is reversed "
+    f"if the interval lies on one side of 0; equality (the paper's numbers differ by less than {EQUAL_BELOW:g}) holds "
+    f"by two one-sided tests at 5 % against ±{MARGIN:g} points; no verdict on fewer than {FEWEST} seeds. Detectable is "
+    "the effect that so many seeds of this spread would show in 80 of 100 cases."
 )
 
 
@@ -82,4 +82,3 @@ def judge(claim: Claim | None, values: Mapping[int, float], reference: Mapping[i
         else:
             word = "within noise" if found is None else "holds" if found == claim else "reversed"
     return Verdict(word, difference, detectable)
-

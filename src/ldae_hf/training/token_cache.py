@@ -65,6 +65,12 @@ class TokenCache:
         return self.__dict__ | {"_files": {}}  # open files do not travel to a worker
 
 
+def can_be_cached(config: LDAEConfig, data: dict) -> bool:
+    """Whether images always are the same under a recipe's `data` section, and the target is latents."""
+    is_still = data["crop"] == "centre" and not data["flip"]
+    return is_still and "latent" in (config.input_space, config.prediction_target)
+
+
 def check_cacheable(config: LDAEConfig, data: dict, source: ImageSource) -> None:
     """Raises ValueError unless the images of a recipe's `data` section can be replaced by latents."""
     if data["crop"] != "centre" or data["flip"]:
