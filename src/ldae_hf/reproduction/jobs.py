@@ -93,8 +93,8 @@ def missing_jobs(
     Raises:
         ValueError: a folder that a job would go on with holds another run.
     """
-    jobs: dict[tuple[str, ...], Job] = {}
-    skipped, measured_floors = {}, set()
+    jobs: dict[tuple, Job] = {}
+    skipped, with_floors = {}, set()
     for row in experiment.in_order():
         if not_testable(row, experiment.reference(row), tier):
             continue
@@ -104,22 +104,23 @@ def missing_jobs(
             continue
         recipe = load_recipe(row.recipe, tier)
         for seed in lacking:
-            floors = not found.of(row) and row.recipe not in measured_floors
-            measured_floors.add(row.recipe)
-            for job in [*_training(recipe, seed, options), _measurement(row, recipe, seed, options, found, floors)]:
+            floors = not found.of(row) and row.recipe not in with_floors
+            with_floors.add(row.recipe)
+            training = _training(recipe, tier, seed, options)
+            for job in [*training, _measurement(row, recipe, seed, options, found, floors)]:
                 if not job.is_done():
-                    jobs.setdefault(job.words, job)
+                    jobs.setdefault((job.words[:2], job.recipe.name, job.seed), job)
     return list(jobs.values()), list(skipped)
 
 
-def _training(recipe: Recipe, seed: int, options: Options) -> list[Job]:
+def _training(recipe: Recipe, tier: str | None, seed: int, options: Options) -> list[Job]:
     """Of a model, and before it of its tokenizer, which all seeds share, as the paper's do."""
-    jobs, words = [], ["pretrain", *_name(recipe), "--seed", str(seed)]
+    jobs, words = [], ["pretrain", *_name(recipe, tier), "--seed", str(seed)]
     folder = run_folder(recipe, seed, options)
     if not recipe.is_masked and recipe.model["tokenizer"] in LEARNED_TOKENIZERS:
-        owner = tokenizer_owner(recipe)
+        owner = tokenizer_owner(recipe, tier)
         tokenizer = options.runs / _tier(recipe) / f"tokenizer-{owner.name}"
-        training = ["tokenizer", "train", *_name(owner), "--output-dir", str(tokenizer), *_machine(options)]
+        training = ["tokenizer", "train", *_name(owner, tier), "--output-dir", str(tokenizer), *_machine(options)]
         title = f"{owner.title}: tokenizer"
         made = dict(output=tokenizer / "tokenizer", made=CONFIG_NAME, on_all=True)
         jobs.append(Job(title, owner, 0, "tokenizer", tuple(training), **made))
@@ -170,14 +171,14 @@ def run_folder(recipe: Recipe, seed: int, options: Options) -> Path:
     return options.runs / _tier(recipe) / f"{recipe.name}-seed-{seed}"
 
 
-def tokenizer_owner(recipe: Recipe) -> Recipe:
+def tokenizer_owner(recipe: Recipe, tier: str | None) -> Recipe:
     """The earliest recipe on the way to this one that trains the same tokenizer on the same images."""
 
     def trained(one: Recipe) -> dict:
         keys = ("tokenizer", "latent_dim", "image_size", "patch_size", "num_channels", "latent_scaling")
         return {key: one.model.get(key) for key in keys} | {"training": one.tokenizer, "data": one.data}
 
-    way = (load_recipe(name, recipe.tier) for name in recipe.steps)
+    way = (load_recipe(name, tier) for name in recipe.steps)
     return next(one for one in way if trained(one) == trained(recipe))
 
 
@@ -195,8 +196,8 @@ def _check_holds(folder: Path, recipe: Recipe, seed: int) -> None:
         raise ValueError(f"{folder} holds another run, {there[0]} of seed {there[3]}; choose another --runs.")
 
 
-def _name(recipe: Recipe) -> list[str]:
-    return [recipe.name, *(["--tier", recipe.tier] if recipe.tier else [])]
+def _name(recipe: Recipe, tier: str | None) -> list[str]:
+    return [recipe.name, *(["--tier", tier] if tier else [])]
 
 
 def _tier(recipe: Recipe) -> str:

@@ -8,7 +8,8 @@ from ..evaluation.distances import comparison
 from ..evaluation.groups import Group
 from ..evaluation.measures import seed_of
 from ..evaluation.protocols import signature
-from ..recipes import load_recipe
+from ..recipes import Recipe, RecipeError, load_recipe
+from ..recipes.display import END_OF_PATH
 from .experiments import Experiment, Row
 
 
@@ -57,6 +58,7 @@ def numbers(experiment: Experiment, rows: Iterable[dict], tier: str | None) -> N
     models counts, and what was measured under another is left out.
 
     Raises:
+        RecipeError: there is no such tier.
         ValueError: a row of the ledger is no result as our commands write it.
     """
     found, rows = Numbers({(row.label, row.measure): {} for row in experiment.rows}), list(rows)
@@ -79,7 +81,8 @@ def numbers(experiment: Experiment, rows: Iterable[dict], tier: str | None) -> N
                     found.values[row.label, row.measure][seed_of(one)] = number
         measured = [one for of_recipe in by_recipe.values() for one in of_recipe]
         dims = {one.get("dim") for one in measured}
-        beside = [one for one in rows if (one.get("task"), one.get("tier")) == (task, tier) and one.get("dim") in dims]
+        place = (task, load_recipe(END_OF_PATH, tier).tier)
+        beside = [one for one in rows if (one.get("task"), one.get("tier")) == place and one.get("dim") in dims]
         beside = [one for one in beside if _protocol(one) == chosen]
         for measure in dict.fromkeys(row.measure for row in wanted):
             floors = found.floors.setdefault(measure, {})
@@ -96,17 +99,25 @@ def numbers(experiment: Experiment, rows: Iterable[dict], tier: str | None) -> N
 
 def _of_recipe(name: str, rows: Sequence[dict], task: str, tier: str | None) -> list[dict]:
     """The rows of one recipe and task, the last one of each seed and protocol."""
-    group, recipe, last = Group(name, recipe=name), load_recipe(name, tier), {}
+    try:
+        group, recipe, last = Group(name, recipe=name), load_recipe(name, tier), {}
+    except RecipeError:  # the tier has no such model
+        return []
     for number, row in enumerate(rows, start=1):
         try:
-            if row.get("task") == task and row.get("tier") == tier and group.matches(row) and _is_plain(row, recipe):
+            if (
+                row.get("task") == task
+                and row.get("tier") == recipe.tier
+                and group.matches(row)
+                and _is_plain(row, recipe)
+            ):
                 last[seed_of(row), _protocol(row)] = row
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"Row {number} of the ledger is no {task} as our commands write it: {error!r}.") from error
     return list(last.values())
 
 
-def _is_plain(row: dict, recipe) -> bool:
+def _is_plain(row: dict, recipe: Recipe) -> bool:
     """Whether it was measured on the recipe's data, at its timestep on clean input unless that is what is varied."""
     protocol = row["protocol"]
     split = protocol.get("test") or protocol.get("reference")
