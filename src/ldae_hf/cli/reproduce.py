@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .figure_options import is_stem
-from .options import NumWorkers, PerDeviceBatchSize, can_be_written
+from .options import CheckpointEvery, NumWorkers, PerceptualWeights, PerDeviceBatchSize, can_be_written
 
 
 TIERS = ("cpu", "desk_cpu", "desk", "full")
@@ -24,6 +24,10 @@ def reproduce(
     ] = "cpu",
     seeds: Annotated[
         list[int] | None, typer.Option("--seed", help="Of the trainings; may be repeated; default 0, 1, 2.")
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option("--row", help="Run only this row and what it is compared with; may be repeated."),
     ] = None,
     runs: Annotated[Path, typer.Option(help="The folder of all runs, which are gone on with.")] = Path("runs"),
     ledger: Annotated[Path, typer.Option(help="Results: read, and appended to.", callback=can_be_written)] = Path(
@@ -44,9 +48,11 @@ def reproduce(
     extractor: Annotated[
         Path | None, typer.Option(help="Of the Fréchet distance in table1; see ldae extractor --help.")
     ] = None,
+    perceptual_weights: PerceptualWeights = None,
     processes: Annotated[int, typer.Option(min=1, help="GPUs that share a training.")] = 1,
     num_workers: NumWorkers = 2,
     per_device_batch_size: PerDeviceBatchSize = None,
+    checkpoint_every: CheckpointEvery = None,
     compile: Annotated[bool, typer.Option(help="torch.compile the models.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The table in markdown.")] = False,
 ):
@@ -61,6 +67,9 @@ def reproduce(
     ldae reproduce single-level --tier cpu --max-hours 2
     ldae reproduce table3 --tier cpu --table-only --output table3
     """
+    given = dict(locals())  # each option is the argument of the same name
+    from dataclasses import fields
+
     from ldae_hf.evaluation.ledger import read_ledger
     from ldae_hf.reproduction.experiments import EXPERIMENTS, experiment
     from ldae_hf.reproduction.numbers import numbers
@@ -75,8 +84,8 @@ def reproduce(
     if not table_only:
         from ldae_hf.reproduction.jobs import Options, missing_jobs
 
-        options = Options(runs, ledger, processes, num_workers, per_device_batch_size, compile, extractor)
-        jobs, skipped = missing_jobs(what, found, chosen, seeds or (0, 1, 2), options)
+        options = Options(**{field.name: given[field.name] for field in fields(Options)})
+        jobs, skipped = missing_jobs(what, found, chosen, seeds or (0, 1, 2), options, rows or ())
         for sentence in skipped:
             typer.echo(sentence, err=True)
         if dry_run:

@@ -247,6 +247,8 @@ def _controls(tier: str | None) -> Experiment:
         _of("snr_weighting", "predict_clean_latent", claim="lower"),  # section 4.3
         _of("remove_input_scaling"),
         _of("snr_matched", "remove_input_scaling"),
+        _of("patch_pca_k_32"),
+        _of("ddpm_schedule", "patch_pca_k_32", claim="lower"),  # as in the last step of Table 1
         _of("random_projection", END_OF_PATH),
         _of("l_dae_k_768", END_OF_PATH),
         _of("noise_matched_768", "l_dae_k_768"),
@@ -254,6 +256,7 @@ def _controls(tier: str | None) -> Experiment:
     notes = (
         "`classical_dae` adds noise to pixels: below 20 % in the paper's footnote 1",
         "`noise_matched_768` has the noise of K = 32 on its leading components",
+        "`random_projection` always has the same random directions, whatever the seed",
     )
     return Experiment("", "Controls", tuple(rows), notes=notes)
 
@@ -261,6 +264,39 @@ def _controls(tier: str | None) -> Experiment:
 def _residual_weight(tier: str | None) -> Experiment:
     rows = [_of(END_OF_PATH), *(_of(name, END_OF_PATH) for name in sweep_members("residual_weight"))]
     return Experiment("", "The weight of the loss outside the K directions, 0.1 in l_dae", tuple(rows), beyond=True)
+
+
+def _mae(tier: str | None) -> Experiment:
+    rows = [_of(END_OF_PATH), _of("mae", END_OF_PATH), _of("mae_equal_flops", END_OF_PATH)]
+    notes = ("400 epochs of centre crops, as in the path, or as many FLOPs; Table 4 has the paper's comparison",)
+    return Experiment("", "The masked autoencoder beside l-DAE", tuple(rows), beyond=True, notes=notes)
+
+
+def _noise_grid(tier: str | None) -> Experiment:
+    rows = [
+        _of(END_OF_PATH),
+        # The noise as it is at K = 32, other dimensions.
+        _of("k_8_noise_of_32", END_OF_PATH),
+        _of("noise_matched_768", END_OF_PATH),
+        # K = 32, other noise.
+        _of("k_32_noise_of_8", END_OF_PATH),
+        _of("k_32_noise_of_768", END_OF_PATH),
+        # Other noise at the other dimensions: the first and the last are those of the curve over K.
+        _of("l_dae_k_8", "k_8_noise_of_32"),
+        _of("k_8_noise_of_768", "k_8_noise_of_32"),
+        _of("k_768_noise_of_8", "noise_matched_768"),
+        _of("l_dae_k_768", "noise_matched_768"),
+        # As many directions, but random ones: with the noise that they bring, and with that of K = 32.
+        _of("random_projection", END_OF_PATH),
+        _of("random_projection_noise_of_32", END_OF_PATH),
+    ]
+    notes = (
+        "the noise on a fixed direction of pixels falls as K grows, so the curve over K varies both; here one is held",
+        "`k_A_noise_of_B` has A components and the noise that B components have",
+        "the random directions are always the same ones, which hold 0.73 of the variance that such directions hold on "
+        "average (tier cpu), so their noise is 0.86 of what the name says",
+    )
+    return Experiment("", "Is it the low dimension or the noise level?", tuple(rows), beyond=True, notes=notes)
 
 
 EXPERIMENTS: dict[str, Callable[[str | None], Experiment]] = {
@@ -277,5 +313,7 @@ EXPERIMENTS: dict[str, Callable[[str | None], Experiment]] = {
     "single-level": _single_level,
     "latent-scale": _latent_scale,
     "controls": _controls,
+    "mae": _mae,
+    "noise-grid": _noise_grid,
     "residual-weight": _residual_weight,
 }

@@ -37,7 +37,8 @@ class Options:
 
     Attributes:
         runs: the folder of all runs. ledger: to which results are appended.
-        processes: GPUs of a training. extractor: of the Fréchet distance; None where there is none.
+        processes: GPUs of a training. checkpoint_every: steps; default one epoch.
+        extractor: of the Fréchet distance. perceptual_weights: LPIPS's, for a tokenizer that is trained with it.
     """
 
     runs: Path = Path("runs")
@@ -45,8 +46,10 @@ class Options:
     processes: int = 1
     num_workers: int = 2
     per_device_batch_size: int | None = None
+    checkpoint_every: int | None = None
     compile: bool = False
     extractor: Path | None = None
+    perceptual_weights: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,34 @@ class Job:
 
 
 def missing_jobs(
-    experiment: Experiment, found: Numbers, tier: str | None, seeds: Sequence[int], options: Options
+    experiment: Experiment,
+    found: Numbers,
+    tier: str | None,
+    seeds: Sequence[int],
+    options: Options,
+    labels: Sequence[str] = (),
 ) -> tuple[list[Job], list[str]]:
     """The commands for what the ledger lacks, in the order of the experiment's trainings: all seeds of a row before the
     next row; a training that is finished is not among them.
+
+    Args:
+        labels: of rows; only these and what they are compared with.
 
     Returns:
         The jobs, and sentences on numbers that cannot be measured with these options.
 
     Raises:
-        ValueError: a folder that a job would go on with holds another run.
+        ValueError: no row has such a label, or a folder that a job would go on with holds another run.
     """
     jobs: dict[tuple, Job] = {}
     skipped, with_floors = {}, set()
+    if unknown := [label for label in labels if label not in {row.label for row in experiment.rows}]:
+        known = ", ".join(dict.fromkeys(row.label for row in experiment.rows))
+        raise ValueError(f"{experiment.name} has no row {unknown[0]!r}; choose of {known}.")
+    wanted = {*labels} | {row.against for row in experiment.rows if row.label in labels}
     for row in experiment.in_order():
+        if labels and row.label not in wanted:
+            continue
         if not_testable(row, experiment.reference(row), tier):
             continue
         lacking = [seed for seed in seeds if seed not in found.of(row)]
@@ -121,6 +138,8 @@ def _training(recipe: Recipe, tier: str | None, seed: int, options: Options) -> 
         owner = tokenizer_owner(recipe, tier)
         tokenizer = options.runs / _tier(recipe) / f"tokenizer-{owner.name}"
         training = ["tokenizer", "train", *_name(owner, tier), "--output-dir", str(tokenizer), *_machine(options)]
+        if options.perceptual_weights is not None and owner.tokenizer["perceptual_loss"] == "lpips":
+            training += ["--perceptual-weights", str(options.perceptual_weights)]
         title = f"{owner.title}: tokenizer"
         made = dict(output=tokenizer / "tokenizer", made=CONFIG_NAME, on_all=True)
         jobs.append(Job(title, owner, 0, "tokenizer", tuple(training), **made))
@@ -208,6 +227,8 @@ def _machine(options: Options) -> list[str]:
     words = ["--num-workers", str(options.num_workers)]
     if options.per_device_batch_size is not None:
         words += ["--per-device-batch-size", str(options.per_device_batch_size)]
+    if options.checkpoint_every is not None:
+        words += ["--checkpoint-every", str(options.checkpoint_every)]
     return words
 
 
