@@ -4,6 +4,7 @@ No number of the paper is written here that a recipe or a sweep already holds.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ..evaluation.sweeps import PAPER_BLOCKS, PAPER_DEPTH, PAPER_LEVELS, PAPER_TIMESTEPS, depth_range, timestep_range
@@ -78,6 +79,15 @@ class Experiment:
             return row.label not in references, row.against is not None, not known, size
 
         return sorted(self.rows, key=effect)
+
+
+def latent_dims(what: Experiment, tier: str | None) -> dict[str, int]:
+    """K at a tier by label, where the rows differ in it: a tier of smaller patches has a smaller K than the names."""
+    dims = {}
+    for row in what.rows:
+        with suppress(RecipeError):  # the tier has no such model
+            dims[row.label] = load_recipe(row.recipe, tier).model["latent_dim"]
+    return dims if len(set(dims.values())) > 1 else {}
 
 
 def not_testable(row: Row, reference: Row | None, tier: str | None) -> str | None:

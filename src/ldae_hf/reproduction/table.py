@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..evaluation.intervals import t_interval
-from .experiments import MEASURES, Experiment, Row, experiment, not_testable
+from .experiments import MEASURES, Experiment, Row, experiment, latent_dims, not_testable
 from .numbers import Numbers, numbers
 from .verdicts import RULE, Verdict, judge
 
@@ -29,14 +29,14 @@ def verdicts(what: Experiment, found: Numbers, tier: str | None) -> dict[tuple[s
 
 def experiment_text(what: Experiment, found: Numbers, tier: str | None, markdown: bool = False) -> str:
     """The table with its title, the floors as its last lines, and below what its cells and words mean."""
-    said, parts = verdicts(what, found, tier), []
+    said, dims, parts = verdicts(what, found, tier), latent_dims(what, tier), []
     where = f"tier {tier}" if tier else "full size"
     title = f"{what.title} ({where})"
     parts.append(f"**{title}**" if markdown else title)
     for measure in dict.fromkeys(row.measure for row in what.rows):
         rows = [HEAD]
         for row in (row for row in what.rows if row.measure == measure):
-            rows.append(_cells(row, what, found, said.get((row.label, measure)), markdown))
+            rows.append(_cells(row, what, found, said.get((row.label, measure)), dims.get(row.label), markdown))
         for name, values in sorted(found.floors.get(measure, {}).items()):
             rows.append((f"floor: {name}", "", _range(values), "", "", "", "", ""))
         parts += ["", f"{MEASURES[measure]}:", "", *_aligned(rows, markdown)]
@@ -49,9 +49,11 @@ def experiment_text(what: Experiment, found: Numbers, tier: str | None, markdown
     return "\n".join(parts)
 
 
-def _cells(row: Row, what: Experiment, found: Numbers, verdict: Verdict | None, markdown: bool) -> tuple:
+def _cells(
+    row: Row, what: Experiment, found: Numbers, verdict: Verdict | None, latent_dim: int | None, markdown: bool
+) -> tuple:
     reference, values = what.reference(row), found.of(row)
-    name = f"`{row.label}`" if markdown else row.label
+    name = (f"`{row.label}`" if markdown else row.label) + (f", K = {latent_dim}" if latent_dim else "")
     paper = "" if row.paper is None else f"{row.paper:.1f}"
     mean = "" if not values else _interval(*t_interval(list(values.values())))
     if reference is None or verdict is None:
