@@ -66,6 +66,7 @@ VARIANTS = [
     {"input_space": "latent", "prediction_target": "noise", "image_size": 32, "patch_size": 4, "latent_dim": 48},
     {"num_labels": 7, "processor_fingerprint": "ab" * 32, "feature_timestep": 0, "num_train_timesteps": 20},
     {"tokenizer": "pixels", "latent_dim": 768, "sigma_max": 6.5},
+    {"timestep_scope": "token", "image_size": 32},
     {"tokenizer": "random_projection", "noise_schedule": "linear_gamma_squared", "loss_weighting": "snr"},
     {
         "tokenizer": "vqgan",
@@ -207,6 +208,10 @@ CONTRADICTIONS = [
         )
         for schedule in NOISE_SCHEDULES
         if schedule != "linear_sigma"
+    ),
+    (
+        {"noise_schedule": "single_level", "timestep_scope": "token"},
+        "timestep_scope='token' draws a noise level for each token, but noise_schedule='single_level' has one",
     ),
     ({"loss_weighting": "snr"}, "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with"),
     (

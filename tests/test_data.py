@@ -153,6 +153,19 @@ def test_order_crop_timestep_and_noise_change_with_epoch_and_seed():
         assert not np.array_equal(here, make((other_crop, other_corruption), 2, 7))
 
 
+def test_the_timesteps_of_tokens_are_a_function_of_seed_epoch_and_sample_and_move_nothing_else():
+    of_image, of_tokens = Corruption(1000, (4, 6), 3), Corruption(1000, (4, 6), 3, (4,))
+    (timestep, noise), (timesteps, same_noise) = of_image(2, 7), of_tokens(2, 7)
+    assert timestep == random_generator(3, "timestep", 2, 7).integers(1000)
+    assert timesteps.shape == (4,) and len(set(timesteps.tolist())) > 1
+    assert np.array_equal(noise, same_noise) and np.array_equal(timesteps, of_tokens(2, 7)[0])
+    for other in (of_tokens(3, 7), of_tokens(2, 8), Corruption(1000, (4, 6), 4, (4,))(2, 7)):
+        assert not np.array_equal(timesteps, other[0])
+    drawn = np.stack([Corruption(10, (16, 8), 1, (16,))(0, sample)[0] for sample in range(500)])
+    counts = np.bincount(drawn.flatten(), minlength=10)
+    assert len(counts) == 10 and counts.min() > 700 and counts.max() < 900
+
+
 def test_no_two_purposes_epochs_or_samples_share_random_numbers():
     keys = [(s, p, e, i) for s in (0, 1) for p in ("crop", "timestep", "noise") for e in (0, 1) for i in (0, 1, 2**40)]
     draws = {random_generator(*key).integers(2**63) for key in keys}

@@ -87,7 +87,7 @@ def inputs_of(config: LDAEConfig, processor: LDAEImageProcessor, batch: int = 4)
     generator = torch.Generator().manual_seed(2)
     inputs = {
         "pixel_values": processor.normalize_pixels(images(config.image_size)[:batch]),
-        "timesteps": torch.randint(config.num_noise_levels, (batch,), generator=generator),
+        "timesteps": torch.randint(config.num_noise_levels, (batch, *config.timesteps_shape), generator=generator),
         "noise": torch.randn(batch, config.num_patches, config.latent_dim, generator=generator),
     }
     if config.num_classes is not None:

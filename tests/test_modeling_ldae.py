@@ -567,18 +567,102 @@ def test_features_are_taken_at_the_configured_timestep_unless_another_is_given(e
 
 def test_a_condition_that_the_batch_shares_modulates_as_one_for_each_image():
     torch.manual_seed(9)
-    hidden, shift, scale = torch.randn(3, N, D).double(), torch.randn(1, D).double(), torch.randn(1, D).double()
+    hidden, shift, scale = torch.randn(3, N, D).double(), torch.randn(1, 1, D).double(), torch.randn(1, 1, D).double()
     shared = modulate(hidden, shift, scale, 1e-6)
-    equal_to(shared, modulate(hidden, shift.expand(3, -1), scale.expand(3, -1), 1e-6))
+    for shape in ((3, 1, D), (3, N, D)):
+        equal_to(shared, modulate(hidden, shift.expand(shape), scale.expand(shape), 1e-6))
     mean, variance = hidden.mean(-1, keepdim=True), hidden.var(-1, keepdim=True, correction=0)
     equal_to(shared, (hidden - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift)
+
+
+def test_the_tokens_of_a_single_image_may_have_conditions_of_their_own():
+    torch.manual_seed(9)
+    hidden, shift, scale = torch.randn(3, 1, N, D).double().unbind()
+    for token in range(N):
+        expected = modulate(hidden[:, [token]], shift[:, [token]], scale[:, [token]], 1e-6)
+        equal_to(modulate(hidden, shift, scale, 1e-6)[:, [token]], expected)
+
+
+# -- a noise level for each token -------------------------------------------------------------------------------------
+
+OF_TOKENS = torch.randint(1000, (3, N), generator=torch.Generator().manual_seed(14))
+
+
+@torch.no_grad()
+def test_tokens_that_share_a_timestep_are_restored_as_an_image_with_that_timestep(pretraining, pixel_values, noise):
+    expected = pretraining(pixel_values, timesteps=TIMESTEPS, noise=noise)
+    found = pretraining(pixel_values, timesteps=TIMESTEPS[:, None].expand(3, N), noise=noise)
+    assert found.timesteps.shape == (3, N)
+    for name in ("noisy_tokens", "prediction", "loss"):
+        equal_to(found[name], expected[name])
+    features = pretraining.ldae(pixel_values, timesteps=TIMESTEPS[:, None].expand(3, N), noise=noise)
+    equal_to(features[0], pretraining.ldae(pixel_values, timesteps=TIMESTEPS, noise=noise)[0])
+
+
+@pytest.mark.parametrize("keys", [{}, LABELLED, {"noise_schedule": "linear_gamma_squared"}])
+@torch.no_grad()
+def test_each_token_has_the_noise_and_the_weight_of_its_own_timestep(keys, processor, pixel_values, noise):
+    model = build(processor=processor, **keys)
+    output = model(pixel_values, timesteps=OF_TOKENS, noise=noise)
+    tokens = model.ldae.tokenizer.encode(pixel_values)
+    gammas, sigmas = noise_schedule_tables(model.config.noise_schedule)
+    gammas, sigmas = gammas[OF_TOKENS], sigmas[OF_TOKENS]
+    equal_to(output.noisy_tokens, gammas[..., None] * tokens + sigmas[..., None] * noise)
+    target = model.prediction_target
+    patches = patchify(pixel_values, 4)
+    errors = target.squared_error(model.ldae.tokenizer, output.prediction, patches, tokens, noise)
+    weights = torch.ones_like(gammas) if target.predicts_noise else gammas**2 / (gammas**2 + sigmas**2)
+    equal_to(output.loss, (weights * errors).sum() / (3 * N * K))
+
+
+@torch.no_grad()
+def test_the_timestep_of_a_token_reaches_it_in_every_block(pretraining, pixel_values, noise):
+    encoder, clean = pretraining.ldae, torch.zeros(3, N, dtype=torch.int64)
+    moved = clean.clone()
+    moved[1, 5] = 500
+
+    def states(timesteps):
+        return encoder(pixel_values, timesteps=timesteps, output_hidden_states=True).hidden_states
+
+    differences = [(one - other).abs().amax(-1) for one, other in zip(states(clean), states(moved), strict=True)]
+    assert not differences[0].any()  # positions and patches know no timestep
+    assert differences[1][1].argmax() == 5 and not differences[-1][[0, 2]].any()  # no other image hears of it
+
+
+def test_the_scope_says_for_what_timesteps_are_drawn(processor, pixel_values):
+    for scope, shape in (("image", (3,)), ("token", (3, N))):
+        model = build(processor=processor, timestep_scope=scope)
+        assert model(pixel_values).timesteps.shape == shape == (3, *model.config.timesteps_shape)
+        assert model(pixel_values, timesteps=7).timesteps.tolist() == [7, 7, 7]
+    larger = torch.cat([pixel_values, pixel_values], dim=2)
+    assert model(larger).timesteps.shape == (3, 2 * N)
+
+
+def test_what_the_scope_does_not_concern_is_as_before(pretraining, processor, pixel_values, noise, tmp_path):
+    model = build(processor=processor, timestep_scope="token")
+    model.save_pretrained(tmp_path)
+    loaded = LDAEForPreTraining.from_pretrained(tmp_path, dtype=torch.float64)
+    assert loaded.config.timestep_scope == "token" and loaded(pixel_values).timesteps.shape == (3, N)
+    with torch.no_grad():
+        equal_to(model.ldae(pixel_values)[0], pretraining.ldae(pixel_values)[0])
+        for one, other in zip(
+            model.denoise(pixel_values, 400, noise), pretraining.denoise(pixel_values, 400, noise), strict=True
+        ):
+            equal_to(one, other)
 
 
 WRONG_INPUTS = [
     (dict(timesteps=1000), "Timesteps must lie in 0 ... 999 for noise schedule 'linear_sigma', but 1000"),
     (dict(timesteps=-1), "Timesteps must lie in 0 ... 999 for noise schedule 'linear_sigma', but -1"),
     (dict(timesteps=torch.tensor([0, 1000, 5])), "Timesteps must lie in 0 ... 999"),
-    (dict(timesteps=torch.tensor([1, 2])), "There are 2 timesteps for 3 images; give one, or one each."),
+    (
+        dict(timesteps=torch.tensor([1, 2])),
+        "There are 2 timesteps for 3 images; give one, or one each, or",
+    ),
+    (
+        dict(timesteps=torch.zeros(3, 5).long()),
+        "There are 15 timesteps for 3 images; give one, or one each, or one for",
+    ),
     (dict(timesteps=10.0), "Timesteps must be integers in 0 ... 999, not torch.float32."),
     (dict(timesteps=torch.tensor([0.1, 0.2, 0.3])), "Timesteps must be integers in 0 ... 999, not torch.float32."),
     (dict(timesteps=1, noise=torch.zeros(1, 1, 1)), r"noise must be (3, 16, 8) as the tokens, not (1, 1, 1)."),
@@ -877,7 +961,7 @@ def fold(encoder: LDAEModel):
     vit.embeddings.position_embeddings.copy_(encoder.position_embeddings)
     conditioning = encoder.timestep_embedding(torch.tensor([config.feature_timestep]))
     for ours, theirs in zip(encoder.layers, vit.layers, strict=True):
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = ours.modulation(conditioning)[0].chunk(6)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = ours.modulation(conditioning)[0, 0].chunk(6)
         theirs.layernorm_before.weight.copy_(1 + scale)
         theirs.layernorm_before.bias.copy_(shift)
         theirs.layernorm_after.weight.copy_(1 + mlp_scale)
@@ -975,7 +1059,10 @@ def test_the_timestep_sinusoids_are_those_of_dit_or_of_diffusers(freq_shift):
     shown = []
     embedding.fc1.register_forward_hook(lambda module, args, output: shown.append(args[0]))
     embedding(timesteps)
-    equal_to(shown[0], Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)(timesteps), 1e-6)
+    expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=freq_shift)(timesteps)
+    equal_to(shown[0], expected[:, None], 1e-6)
+    embedding(timesteps.reshape(2, 2))
+    equal_to(shown[1], expected.reshape(2, 2, 256), 1e-6)
 
 
 # -- processor and model ------------------------------------------------------------------------------------------

@@ -176,6 +176,28 @@ def test_noise_is_added_as_in_equation_1_to_each_sample_at_its_own_level(name):
         torch.testing.assert_close(noisy[index].double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_is_added_to_each_token_at_its_own_level_where_tokens_have_timesteps(name):
+    schedule = NoiseSchedule(name, LEVELS)
+    generator = torch.Generator().manual_seed(0)
+    tokens, noise = (torch.randn(3, 4, 5, generator=generator) for _ in range(2))
+    timesteps = torch.randint(len(schedule), (3, 4), generator=generator)
+    noisy = schedule.add_noise(tokens, noise, timesteps)
+    for token in range(4):
+        one = slice(token, token + 1)
+        expected = schedule.add_noise(tokens[:, one], noise[:, one], timesteps[:, token])
+        assert torch.equal(noisy[:, one], expected)
+    assert [level.shape for level in schedule.levels(timesteps)] == [(3, 4, 1)] * 2
+
+
+def test_the_drawn_timesteps_of_tokens_are_uniform_and_independent():
+    torch.manual_seed(0)
+    timesteps, _ = NoiseSchedule("linear_sigma", 5, timestep_scope="token").sample(torch.zeros(20_000, 2, 3))
+    assert timesteps.shape == (20_000, 2)
+    pairs = torch.bincount(5 * timesteps[:, 0] + timesteps[:, 1], minlength=25) / 20_000
+    torch.testing.assert_close(pairs, torch.full((25,), 0.04), rtol=0, atol=0.006)
+
+
 def test_drawn_timesteps_are_uniform_over_all_levels_and_drawn_noise_is_standard_normal():
     torch.manual_seed(0)
     timesteps, noise = NoiseSchedule("linear_sigma", 5).sample(torch.zeros(20_000, 2, 3))
@@ -220,5 +242,7 @@ def test_as_many_timesteps_and_as_much_noise_as_images_are_asked_for():
     schedule, tokens = NoiseSchedule("linear_sigma", LEVELS), torch.zeros(2, 4, 3)
     with pytest.raises(ValueError, match="There are 3 timesteps for 2 images; give one, or one each"):
         schedule.sample(tokens, torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="There are 6 timesteps for 2 images; give one, .* each of their 4 tokens"):
+        schedule.sample(tokens, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"noise must be \(2, 4, 3\) as the tokens, not \(2, 1, 3\)"):
         schedule.add_noise(tokens, tokens[:, :1], torch.tensor([0, 1]))

@@ -102,12 +102,21 @@ def test_a_device_that_is_misspelt_is_an_error_that_names_the_nearest():
 # ---- FLOPs and parameters
 
 
-@pytest.mark.parametrize("input_space, target", [("pixel", "image"), ("pixel", "latent"), ("latent", "noise")])
-def test_the_flops_of_an_image_are_those_that_torch_counts_forward_and_in_training(input_space, target):
-    config = LDAEConfig(**SIZES["desk_half_l"], image_size=128, input_space=input_space, prediction_target=target)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"prediction_target": "latent"},
+        {"input_space": "latent", "prediction_target": "noise"},
+        {"timestep_scope": "token"},
+        {"timestep_scope": "token", "conditioning_hidden_size": None},
+    ],
+)
+def test_the_flops_of_an_image_are_those_that_torch_counts_forward_and_in_training(keys):
+    config = LDAEConfig(**SIZES["desk_half_l"], image_size=128, **keys)
     model = AutoModelForPreTraining.from_config(config, attn_implementation="eager")
     with FlopCounterMode(display=False) as forward:
-        loss = model(torch.zeros(2, 3, 128, 128), timesteps=0, noise=torch.zeros(2, 64, 32)).loss
+        loss = model(torch.zeros(2, 3, 128, 128), noise=torch.zeros(2, 64, 32)).loss
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     counted = forward.get_total_flops() / 2, (forward.get_total_flops() + backward.get_total_flops()) / 2
@@ -195,7 +204,8 @@ def test_activations_are_estimated_to_five_percent(
     assert kept_by_autograd(*settings, checkpointing, batch_size) == pytest.approx(expected, rel=0.05)
 
 
-def test_another_target_space_and_conditioning_are_estimated_to_five_percent():
+@pytest.mark.parametrize("scope", ["image", "token"])
+def test_another_target_space_and_conditioning_are_estimated_to_five_percent(scope):
     config = LDAEConfig(
         **SIZES["desk_b"],
         image_size=128,
@@ -203,6 +213,7 @@ def test_another_target_space_and_conditioning_are_estimated_to_five_percent():
         prediction_target="noise",
         conditioning_hidden_size=None,
         num_classes=10,
+        timestep_scope=scope,
     )
     expected = 8 * activation_bytes(config, "no", "sdpa", "cpu", False)
     assert kept_by_autograd(config, "no", "sdpa", "cpu", False, 8) == pytest.approx(expected, rel=0.05)

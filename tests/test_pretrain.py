@@ -182,6 +182,16 @@ def test_ten_steps_are_five_and_a_resumed_five_bit_for_bit(images, unbroken, tmp
     assert_same_run(unbroken, tmp_path)
 
 
+def test_a_run_with_a_noise_level_for_each_token_resumes_bit_for_bit_too(images, unbroken, tmp_path):
+    changes, (whole, broken) = {"model.timestep_scope": "token"}, (tmp_path / "whole", tmp_path / "broken")
+    train(whole, images, changes)
+    assert train(broken, images, changes, max_steps=5) is None
+    train(broken, images, changes, num_workers=2)
+    assert_same_run(whole, broken)
+    # Only the timesteps differ: the samples and the noise are those of the run with one for each image.
+    assert losses(whole)[10] < 0.7 * losses(whole)[1] and losses(whole)[1] != losses(unbroken)[1]
+
+
 def test_a_run_killed_at_any_step_goes_on_and_its_log_joins_up(images, unbroken, tmp_path):
     def killed(model, processor):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -79,6 +79,7 @@ SWEEPS = {
     "k_8_noise_of": ["32", "768"],
     "k_32_noise_of": ["8", "768"],
     "latent_scaling": ["whiten", "none"],
+    "mae_size": ["b", "l"],
     "residual_weight": ["0", "0.01", "1"],
 }
 DENOISERS = [name for name in recipe_names() if not load_recipe(name).is_masked]  # l-DAE, its path, its controls
@@ -140,9 +141,16 @@ def test_the_family_has_one_root_and_every_name_once():
 
 def test_a_recipe_without_a_number_of_the_paper_is_a_control_or_says_where_the_paper_speaks_of_it():
     ours = {"retrain_vqgan", "flip", "noise_matched_768", "random_projection", "snr_matched"}
-    ours |= {"k_768_noise_of_8", "random_projection_noise_of_32"}
+    ours |= {
+        "mae_random_crop",
+        "mae_epochs_1600",
+        "ddpm_schedule",
+        "token_noise_levels",
+        "k_768_noise_of_8",
+        "random_projection_noise_of_32",
+    }
     ours |= {"perceptual_labels", "perceptual_random_labels", "mae", "mae_equal_flops"}
-    sweeps = ("l_dae_k", "latent_scaling", "residual_weight", "k_8_noise_of", "k_32_noise_of")
+    sweeps = ("l_dae_k", "latent_scaling", "residual_weight", "k_8_noise_of", "k_32_noise_of", "mae_size")
     ours |= {name for sweep in sweeps for name in sweep_members(sweep)}
     assert {name for name in recipe_names() if not load_recipe(name).paper} == ours
 

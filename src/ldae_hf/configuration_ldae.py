@@ -44,6 +44,7 @@ PREDICTION_TARGETS = ("noise", "latent", "reconstruction", "image")
 LATENT_SCALINGS = ("global", "whiten", "none")
 LOSS_WEIGHTINGS = ("signal_share", "snr")
 SIGMA_MAX = 2**0.5  # of `linear_sigma` in the paper
+TIMESTEP_SCOPES = {"image": 1, "token": 2}  # how many axes of tokens (B,N,K) have a timestep for each entry
 
 # (input_space, prediction_target) -> the tokenizers for which the pair is defined. Every noise schedule goes with
 # every row. A network that sees latents answers in latents; the image input and image targets need orthonormal
@@ -106,6 +107,7 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         tokenizer (`str`): image to tokens and back, one of `TOKENIZERS`.
         noise_schedule (`str`): the (gamma_t, sigma_t) table, one of `NOISE_SCHEDULES` (Eq. 1).
         sigma_max (`float`): the largest sigma of `linear_sigma`; the others have none to choose.
+        timestep_scope (`str`): what training draws a timestep for, each `"image"` (the paper) or each `"token"`.
         input_space (`str`): `"latent"` (noisy latents) or `"pixel"` (the image they decode to).
         prediction_target (`str`): `"noise"`, `"latent"`, `"reconstruction"` or `"image"` (Eq. 4).
         latent_dim (`int`): K, latent values per token, in 1 ... patch_size² · num_channels.
@@ -144,6 +146,7 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     tokenizer: str = "patch_pca"
     noise_schedule: str = "linear_sigma"
     sigma_max: float | int = SIGMA_MAX
+    timestep_scope: str = "image"
     input_space: str = "pixel"
     prediction_target: str = "image"
     latent_dim: int = 32
@@ -232,6 +235,11 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Length of the noise schedule's table: timesteps run from 0 to this minus 1."""
         return 1 if self.noise_schedule == "single_level" else self.num_train_timesteps
 
+    @property
+    def timesteps_shape(self) -> tuple[int, ...]:
+        """Of the timesteps that training draws for an image: () for one, (N,) for one a token."""
+        return () if self.timestep_scope == "image" else (self.num_patches,)
+
     def _check_transformers_keys(self, num_labels=None, quantization_config=None, **others):
         """What transformers uses before, or without, looking at it."""
         if str(self.dtype).removeprefix("torch.") not in DTYPES:
@@ -252,6 +260,7 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for key, values in (
             ("tokenizer", TOKENIZERS),
             ("noise_schedule", NOISE_SCHEDULES),
+            ("timestep_scope", tuple(TIMESTEP_SCOPES)),
             ("input_space", INPUT_SPACES),
             ("prediction_target", PREDICTION_TARGETS),
             ("latent_scaling", LATENT_SCALINGS),
@@ -333,6 +342,11 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"sigma_max={self.sigma_max} is for noise_schedule='linear_sigma' only; "
                 f"{self.noise_schedule!r} has its own largest sigma."
+            )
+        if self.timestep_scope == "token" and self.noise_schedule == "single_level":
+            raise ValueError(
+                "timestep_scope='token' draws a noise level for each token, but noise_schedule='single_level' has one "
+                "for all; leave timestep_scope='image'."
             )
         if self.loss_weighting == "snr" and (
             self.prediction_target == "noise" or self.noise_schedule == "linear_sigma"

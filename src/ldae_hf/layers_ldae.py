@@ -39,7 +39,10 @@ def linear(in_features: int, out_features: int, initial_std: float) -> nn.Linear
 
 
 class LDAETimestepEmbedding(nn.Module):
-    """t -> 256 sinusoids (cosines, then sines) -> two-layer MLP -> the condition (B,D), as in DiT."""
+    """t -> 256 sinusoids (cosines, then sines) -> two-layer MLP -> the condition, as in DiT.
+
+    Timesteps (B,) give (B,1,D), one condition for all tokens of an image; (B,N) give (B,N,D).
+    """
 
     num_frequencies = 256
 
@@ -53,13 +56,13 @@ class LDAETimestepEmbedding(nn.Module):
         half = self.num_frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         exponents = -math.log(10000) * exponents / (half - self.freq_shift)
-        angles = timesteps[:, None].float() * exponents.exp()  # (B, 128)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))  # (B, D)
+        angles = timesteps.reshape(len(timesteps), -1, 1).float() * exponents.exp()  # (B, 1 or N, 128)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 1 or N, 256)
+        return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))  # (B, 1 or N, D)
 
 
 class LDAELabelEmbedding(nn.Module):
-    """A class -> what it adds to the condition (B,D), as in DiT; the last row of the table stands for "no class"."""
+    """A class -> what it adds to the condition (B,1,D), as in DiT; the last row of the table stands for "no class"."""
 
     def __init__(self, config: LDAEConfig):
         super().__init__()
@@ -87,7 +90,7 @@ class LDAELabelEmbedding(nn.Module):
                     f"Labels must lie in 0 ... {self.num_classes - 1} (num_classes={self.num_classes}), "
                     f"but {low if low < 0 else high} was given."
                 )
-        return conditioning + self.table(labels)
+        return conditioning + self.table(labels)[:, None]
 
     def drop(self, labels: torch.Tensor | None, dropped: torch.Tensor | None) -> torch.Tensor | None:
         """Replaces labels (B,) by "no class" where `dropped` (B,) says so; in training it is drawn if not given."""
@@ -120,12 +123,13 @@ def modulation_mlp(config: LDAEConfig, num_chunks: int) -> nn.Sequential:
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """LayerNorm(h) · (1 + scale) + shift, (B,N,D). A condition that the batch shares is the norm's own affine."""
-    if shift.shape[0] == 1:
-        weight, bias = ((1 + scale[0]).to(hidden_states.dtype), shift[0].to(hidden_states.dtype))
+    """LayerNorm(h) · (1 + scale) + shift, (B,N,D), of a condition for each token (B,N,D), for each image (B,1,D), or
+    one that the batch shares (1,1,D), which is the norm's own affine."""
+    if shift.shape[:2] == (1, 1):
+        weight, bias = ((1 + scale[0, 0]).to(hidden_states.dtype), shift[0, 0].to(hidden_states.dtype))
         return F.layer_norm(hidden_states, weight.shape, weight, bias, eps)
     normalised = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=eps).to(scale.dtype)
-    return torch.addcmul(shift[:, None], normalised, 1 + scale[:, None])
+    return torch.addcmul(shift, normalised, 1 + scale)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -181,9 +185,9 @@ class LDAELayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
         attended, _ = self.attention(modulate(hidden_states, shift, scale, self.eps))
-        hidden_states = torch.addcmul(hidden_states, gate[:, None], attended)
+        hidden_states = torch.addcmul(hidden_states, gate, attended)
         transformed = self.mlp(modulate(hidden_states, mlp_shift, mlp_scale, self.eps))
-        return torch.addcmul(hidden_states, mlp_gate[:, None], transformed)  # (B, N, D)
+        return torch.addcmul(hidden_states, mlp_gate, transformed)  # (B, N, D)
 
 
 class LDAEDecoder(nn.Module):

@@ -43,7 +43,7 @@ class LDAEForPreTrainingOutput(ModelOutput):
 
     loss: () mean over images and tokens of lambda_t / K · Σ_i w_i r_i².
     prediction: (B,N,P) or, where the network answers in latents, (B,N,K).
-    noisy_tokens: (B,N,K) the latents that the network was shown. timesteps: (B,) their noise levels.
+    noisy_tokens: (B,N,K) the latents that the network was shown. timesteps: (B,) or (B,N), their noise levels.
     """
 
     loss: torch.Tensor | None = None
@@ -207,7 +207,9 @@ class LDAEModel(LDAEPreTrainedModel):
         super().__init__(config)
         tokenizer = TOKENIZERS[config.tokenizer]
         self.tokenizer = tokenizer(config.patch_size, config.num_channels, config.latent_dim, config.latent_scaling)
-        self.schedule = NoiseSchedule(config.noise_schedule, config.num_train_timesteps, config.sigma_max)
+        self.schedule = NoiseSchedule(
+            config.noise_schedule, config.num_train_timesteps, config.sigma_max, config.timestep_scope
+        )
         self.network_input = NETWORK_INPUTS[config.input_space]
         input_dim = config.latent_dim if config.input_space == "latent" else config.patch_dim
         self.patch_embedding = nn.Linear(input_dim, config.hidden_size)
@@ -272,7 +274,7 @@ class LDAEModel(LDAEPreTrainedModel):
 
         Args:
             pixel_values: (B,C,H,W), normalised by the processor; H and W multiples of the patch size.
-            timesteps: the condition, one integer or (B,); default `config.feature_timestep`.
+            timesteps: the condition, one integer, (B,) or (B,N); default `config.feature_timestep`.
             noise: (B,N,K) standard normal noise to add at `timesteps` (Table 5, "noisy input"); default none.
 
         Returns:
@@ -287,7 +289,7 @@ class LDAEModel(LDAEPreTrainedModel):
         grid = self.grid_of(pixel_values)
         tokens = self.tokenizer.encode(pixel_values)  # (B, N, K)
         timesteps = self.config.feature_timestep if timesteps is None else timesteps
-        timesteps = self.schedule.as_timesteps(timesteps, tokens.device, tokens.shape[0])  # (1,) or (B,)
+        timesteps = self.schedule.as_timesteps(timesteps, tokens.device, *tokens.shape[:2])  # (1,), (B,) or (B, N)
         if noise is not None:
             tokens = self.schedule.add_noise(tokens, noise.to(tokens), timesteps)
         conditioning = self.label_embedding(self.timestep_embedding(timesteps))
@@ -327,7 +329,7 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         Args:
             pixel_values: (B,C,H,W), normalised by the processor.
             labels: (B,) classes, for a model with `num_classes`; without them every image is of "no class".
-            timesteps: (B,) in 0 ... T-1, or one integer; drawn uniformly if not given.
+            timesteps: (B,) in 0 ... T-1, (B,N) for each token its own, or one integer; drawn uniformly if not given.
             noise: (B,N,K) standard normal; drawn if not given.
             dropped_labels: (B,) bool, whose label is replaced by "no class"; in training drawn if not given.
             tokens: (B,N,K) what the tokenizer makes of the images, in their place where they are cached: of square
@@ -358,10 +360,10 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         """The network's answer to noisy latents (B,N,K): (B,N,K) or (B,N,P), whatever its target is.
 
         Args:
-            timesteps: (B,), or (1,) for all. labels: (B,) classes, None for "no class".
+            timesteps: (B,), (B,N), or (1,) for all. labels: (B,) classes, None for "no class".
             grid: (rows, columns) of the tokens; default that of the training images.
         """
-        conditioning = self.ldae.label_embedding(self.ldae.timestep_embedding(timesteps), labels)  # (B, D) or (1, D)
+        conditioning = self.ldae.label_embedding(self.ldae.timestep_embedding(timesteps), labels)  # (B, 1, D)
         shown = self.ldae.network_input(self.ldae.tokenizer, noisy_tokens)  # (B, N, K) or (B, N, P)
         hidden_states = self.ldae.encode(shown, conditioning, grid or self.ldae.grid)  # (B, N, D)
         return self.decoder(hidden_states, conditioning).to(noisy_tokens.dtype)
@@ -386,7 +388,7 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         patches = None if pixel_values is None else patchify(pixel_values, self.config.patch_size).to(tokens.dtype)
         squared_error = self.prediction_target.squared_error(self.ldae.tokenizer, prediction, patches, tokens, noise)
         gammas, sigmas = self.ldae.schedule.levels(timesteps)
-        weights = self.prediction_target.loss_weight(gammas, sigmas).squeeze(-1)  # (B, 1)
+        weights = self.prediction_target.loss_weight(gammas, sigmas).squeeze(-1)  # (B, 1 or N)
         return (weights * squared_error).mean() / self.config.latent_dim
 
     def denoise(

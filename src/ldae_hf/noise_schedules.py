@@ -6,7 +6,7 @@ z_t = gamma_t · z_0 + sigma_t · noise (Eq. 1), t = 0 ... T-1. Torch only.
 import torch
 from torch import nn
 
-from .configuration_ldae import SIGMA_MAX
+from .configuration_ldae import SIGMA_MAX, TIMESTEP_SCOPES
 
 
 def ddpm_linear(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,11 +91,17 @@ class NoiseSchedule(nn.Module):
 
     The tables are persistent buffers, kept in fp32 whatever the model's dtype and filled by the model's
     `_init_weights`: a model that is built on the meta device would otherwise come back with empty memory in them.
+
+    Timesteps are (B,), one for each image, or (B,N), one for each token, wherever they are given; `timestep_scope` says
+    which of the two are drawn where none are.
     """
 
-    def __init__(self, name: str, num_train_timesteps: int, sigma_max: float = SIGMA_MAX):
+    def __init__(
+        self, name: str, num_train_timesteps: int, sigma_max: float = SIGMA_MAX, timestep_scope: str = "image"
+    ):
         super().__init__()
         self.name, self.num_train_timesteps, self.sigma_max = name, num_train_timesteps, sigma_max
+        self.axes_with_timesteps = TIMESTEP_SCOPES[timestep_scope]
         gammas, sigmas = self.tables()
         self.register_buffer("gammas", gammas)
         self.register_buffer("sigmas", sigmas)
@@ -109,20 +115,29 @@ class NoiseSchedule(nn.Module):
         return self.gammas.shape[0]
 
     def as_timesteps(
-        self, timesteps: int | torch.Tensor, device: torch.device, batch_size: int | None = None
+        self,
+        timesteps: int | torch.Tensor,
+        device: torch.device,
+        batch_size: int | None = None,
+        num_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Timesteps as a tensor, (1,) for one integer that a whole batch shares, else (B,).
+        """Timesteps as a tensor, (1,) for one integer that a whole batch shares, (B,) or, with `num_tokens`, (B,N).
 
         Raises:
-            ValueError: timesteps that are no integers, outside 0 ... T-1, or neither one nor `batch_size`. On an
-                accelerator tensors are not read back, so there only the range of integers is checked.
+            ValueError: timesteps that are no integers, outside 0 ... T-1, or neither one nor `batch_size` nor
+                `num_tokens` for each. On an accelerator tensors are not read back, so there only the range of integers
+                is checked.
         """
         if not isinstance(timesteps, torch.Tensor):
             timesteps = torch.tensor(timesteps, device="cpu")
         if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
             raise ValueError(f"Timesteps must be integers in 0 ... {len(self) - 1}, not {timesteps.dtype}.")
-        if batch_size is not None and timesteps.numel() not in (1, batch_size):
-            raise ValueError(f"There are {timesteps.numel()} timesteps for {batch_size} images; give one, or one each.")
+        for_tokens = timesteps.shape == (batch_size, num_tokens)
+        if batch_size is not None and timesteps.numel() not in (1, batch_size) and not for_tokens:
+            tokens = "" if num_tokens is None else f", or one for each of their {num_tokens} tokens"
+            raise ValueError(
+                f"There are {timesteps.numel()} timesteps for {batch_size} images; give one, or one each{tokens}."
+            )
         if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(timesteps.min()), int(timesteps.max())
             if low < 0 or high >= len(self):
@@ -130,22 +145,23 @@ class NoiseSchedule(nn.Module):
                     f"Timesteps must lie in 0 ... {len(self) - 1} for noise schedule {self.name!r}, "
                     f"but {low if low < 0 else high} was asked for."
                 )
-        return timesteps.reshape(-1).to(device)
+        return (timesteps if for_tokens else timesteps.reshape(-1)).to(device)
 
     def sample(
         self, tokens: torch.Tensor, timesteps: int | torch.Tensor | None = None, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps (B,), uniform, and noise (B,N,K), standard normal; what is given is used instead of drawn."""
+        """Timesteps (B,) or (B,N), uniform, and noise (B,N,K), standard normal; what is given is not drawn."""
         if timesteps is None:
-            timesteps = torch.randint(len(self), tokens.shape[:1], device=tokens.device)
+            timesteps = torch.randint(len(self), tokens.shape[: self.axes_with_timesteps], device=tokens.device)
         else:
-            timesteps = self.as_timesteps(timesteps, tokens.device, tokens.shape[0]).expand(tokens.shape[0])
+            timesteps = self.as_timesteps(timesteps, tokens.device, *tokens.shape[:2])
+            timesteps = timesteps.expand(tokens.shape[: timesteps.ndim])
         noise = torch.randn_like(tokens) if noise is None else noise.to(tokens)
         return timesteps, noise
 
     def levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """gamma_t and sigma_t, each (B,1,1)."""
-        return self.gammas[timesteps][:, None, None], self.sigmas[timesteps][:, None, None]
+        """gamma_t and sigma_t, each (B,1,1), or (B,N,1) of timesteps (B,N)."""
+        return tuple(table[timesteps].reshape(len(timesteps), -1, 1) for table in (self.gammas, self.sigmas))
 
     def add_noise(self, tokens: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Eq. 1: gamma_t · tokens + sigma_t · noise, (B,N,K).

@@ -133,7 +133,7 @@ def folded_weights(model: LDAEPreTrainedModel, timestep: int | None):
     encoder, config = model.base_model, model.config
     timestep = config.feature_timestep if timestep is None else timestep
     timesteps = encoder.schedule.as_timesteps(timestep, torch.device("cpu"), batch_size=1)
-    conditioning = exact(encoder.label_embedding)(exact(encoder.timestep_embedding)(timesteps))  # (1, D)
+    conditioning = exact(encoder.label_embedding)(exact(encoder.timestep_embedding)(timesteps))  # (1, 1, D)
 
     weight, bias = folded_patch_embedding(encoder)
     yield "patch_embedding.weight", weight.unflatten(1, (config.num_channels, config.patch_size, config.patch_size))
@@ -141,7 +141,7 @@ def folded_weights(model: LDAEPreTrainedModel, timestep: int | None):
     yield "position_embeddings", exact(encoder.position_embeddings)
     for number, original in enumerate(encoder.layers):
         layer, name = exact(original), f"layers.{number}."
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = layer.modulation(conditioning)[0].chunk(6)  # (D,) each
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = layer.modulation(conditioning)[0, 0].chunk(6)  # (D,) each
         yield name + "norm1.weight", 1 + scale
         yield name + "norm1.bias", shift
         yield name + "qkv.weight", layer.attention.qkv.weight

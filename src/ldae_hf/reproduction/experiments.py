@@ -309,6 +309,11 @@ def _noise_grid(tier: str | None) -> Experiment:
     return Experiment("", "Is it the low dimension or the noise level?", tuple(rows), beyond=True, notes=notes)
 
 
+def _variants(tier: str | None) -> Experiment:
+    rows = [_of(END_OF_PATH), _of("token_noise_levels", END_OF_PATH)]
+    return Experiment("", "Variants of the final method, with the same budget", tuple(rows), beyond=True)
+
+
 EXPERIMENTS: dict[str, Callable[[str | None], Experiment]] = {
     "table1": _table1,
     "table2": _table2,
@@ -326,4 +331,5 @@ EXPERIMENTS: dict[str, Callable[[str | None], Experiment]] = {
     "mae": _mae,
     "noise-grid": _noise_grid,
     "residual-weight": _residual_weight,
+    "variants": _variants,
 }

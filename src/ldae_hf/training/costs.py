@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForPreTraining
 
 from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
+from ..layers_ldae import LDAETimestepEmbedding
 from ..recipes import Recipe
 
 
@@ -49,14 +50,24 @@ def ends(config: LDAEConfig) -> tuple[int, int]:
 def forward_flops_per_image(config: LDAEConfig) -> float:
     """FLOPs of a forward pass: the blocks, their attention, the patch embedding and the head, at 2 per multiply-add.
 
-    The timestep MLPs, the tokenizer and all elementwise work are left out, so that the number is a model property and
-    MFU is honest.
+    The MLPs on an image's timestep, the tokenizer and all elementwise work are left out, so that the number is a model
+    property and MFU is honest. Where each token has its own timestep, its MLPs are as large as a block and counted.
     """
     width, tokens = config.hidden_size, config.num_patches
     linear = width * (4 * width + 2 * config.intermediate_size)  # qkv, projection and MLP, multiply-adds per token
     attention = 2 * tokens * width  # Q Kᵀ and the weighted sum
     blocks = (config.num_hidden_layers + config.decoder_num_hidden_layers) * (linear + attention)
-    return 2 * tokens * (blocks + width * sum(ends(config)))
+    timesteps = sum(config.timesteps_shape)  # N of (N,), none of ()
+    return 2 * (tokens * (blocks + width * sum(ends(config))) + timesteps * conditioning_multiply_adds(config))
+
+
+def conditioning_multiply_adds(config: LDAEConfig) -> int:
+    """Of one timestep: its embedding and the MLP of every block and of the decoder's last norm."""
+    width, hidden = config.hidden_size, config.conditioning_hidden_size
+    blocks = config.num_hidden_layers + config.decoder_num_hidden_layers
+    embedding = width * (LDAETimestepEmbedding.num_frequencies + width)
+    first = 0 if hidden is None else (blocks + 1) * width * hidden
+    return embedding + first + (hidden or width) * width * (6 * blocks + 2)
 
 
 def training_flops_per_image(config: LDAEConfig) -> float:

@@ -103,10 +103,11 @@ def train_loader(
     state: dict | None = None,
     label_dropout: float | None = None,
     cached_tokens: Dataset | None = None,
+    timesteps_shape: tuple[int, ...] = (),
 ) -> DataLoader | StreamingLoader:
     """Micro-batches of one process for the global steps `start_step` ... `num_steps` - 1, across epochs.
 
-    A batch holds `pixel_values` (B,C,image_size,image_size) uint8, `labels`, `sample_ids` and `timesteps` (B,) int64,
+    A batch holds `pixel_values` (B,C,image_size,image_size) uint8, `labels`, `sample_ids` and `timesteps` (B,…) int64,
     `noise` (B,N,K) float32 and `bad_images`, a list of {index, path, reason}. Whatever the workers, processes and
     micro-batches, a global step sees the same samples, in the same order, with the same crops, timesteps and noise.
 
@@ -122,6 +123,7 @@ def train_loader(
         shuffle_buffer: rows that a stream shuffles together.
         label_dropout: share of the labels to drop; batches then hold `dropped_labels` (B,) bool.
         cached_tokens: a [`TokenCache`] of these images; batches then hold `tokens` (B,N,K) in place of pixels.
+        timesteps_shape: of a sample's timesteps, () for one, (N,) for one a token.
 
     Raises:
         ValueError: an argument is out of range, the data set is smaller than a global batch, the global batch does not
@@ -129,7 +131,7 @@ def train_loader(
     """
     make = SampleMaker(
         Crop(image_size, crop, tuple(crop_scale), flip, seed),
-        Corruption(num_timesteps, tuple(tokens_shape), seed),
+        Corruption(num_timesteps, tuple(tokens_shape), seed, tuple(timesteps_shape)),
         None if label_dropout is None else LabelDropout(label_dropout, seed),
     )
     if not source.streaming:

@@ -46,6 +46,7 @@ class Denoising:
         self.draws = dict(
             num_timesteps=self.config.num_noise_levels,
             tokens_shape=(self.config.num_patches, self.config.latent_dim),
+            timesteps_shape=self.config.timesteps_shape,
             label_dropout=self.config.class_dropout_prob if self.labelled else None,
         )
         self.flops_per_image = training_flops_per_image(self.config)
@@ -110,6 +111,7 @@ class Denoising:
         latents = (batch_size, config.num_patches, config.latent_dim)
         pixels = (batch_size, config.num_channels, config.image_size, config.image_size)
         shapes = {"pixel_values": pixels, "tokens": latents, "noise": latents}
+        shapes["timesteps"] = (batch_size, *config.timesteps_shape)
         kinds = {"timesteps": torch.int64, "labels": torch.int64, "dropped_labels": torch.bool}
         return {
             name: torch.zeros(shapes.get(name, batch_size), dtype=kinds.get(name, torch.float32), device=device)

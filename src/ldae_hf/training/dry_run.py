@@ -129,7 +129,7 @@ def made_batch(config: LDAEConfig, plan: Plan) -> list[tuple[str, torch.Tensor]]
     size, pixels = plan.per_device_batch_size, (config.num_channels, config.image_size, config.image_size)
     batch = {
         "pixel_values": torch.randint(256, (size, *pixels), dtype=torch.uint8),
-        "timesteps": torch.randint(config.num_noise_levels, (size,)),
+        "timesteps": torch.randint(config.num_noise_levels, (size, *config.timesteps_shape)),
         "noise": torch.randn(size, config.num_patches, config.latent_dim),
     }
     if config.num_classes is not None:
@@ -145,6 +145,7 @@ def measure_loading(source: ImageSource, recipe: Recipe, seconds: float) -> floa
         source,
         num_timesteps=config.num_noise_levels,
         tokens_shape=(config.num_patches, config.latent_dim),
+        timesteps_shape=config.timesteps_shape,
         global_batch_size=batch,
         micro_batch_size=batch,
         num_steps=10**9,

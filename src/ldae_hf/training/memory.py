@@ -3,6 +3,7 @@
 N tokens · D width · K latent values of a token · P values of a patch
 """
 
+import math
 from typing import NamedTuple
 
 from ..configuration_ldae import LDAEConfig
@@ -60,7 +61,7 @@ def block_bytes(config: LDAEConfig, mixed_precision: str, attention: str, device
         token += heads * 4  # the logarithm of the softmax's sum
     hidden = config.conditioning_hidden_size or width
     condition = low * (8 * width + 2 * hidden) + (gated - low) * 2 * width  # six chunks, two times 1 + scale; the gates
-    return tokens * token + condition
+    return tokens * token + math.prod(config.timesteps_shape) * condition
 
 
 def activation_bytes(
@@ -73,7 +74,8 @@ def activation_bytes(
     blocks = config.num_hidden_layers + config.decoder_num_hidden_layers
     block = block_bytes(config, mixed_precision, attention, device_type)
     kept = blocks * 4 * tokens * width + block if checkpointing else blocks * block
-    head = tokens * (4 * width + 8 + low * 2 * width) + low * 6 * width  # stream, norm, normalised, modulated
+    # Stream, norm, normalised, modulated; and the condition of the last norm.
+    head = tokens * (4 * width + 8 + low * 2 * width) + math.prod(config.timesteps_shape) * low * 6 * width
     residues = 4 * tokens * (answered + (config.latent_dim if answered != config.latent_dim else 0))
     return kept + low * tokens * shown + head + residues
 

@@ -93,6 +93,7 @@ def replay(folder: Path, *, dataset=None, batch_size: int = 16, num_workers: int
         source,
         num_timesteps=config.num_noise_levels,
         tokens_shape=(config.num_patches, config.latent_dim),
+        timesteps_shape=config.timesteps_shape,
         global_batch_size=len(facts["sample_ids"]),
         micro_batch_size=math.gcd(len(facts["sample_ids"]), batch_size),
         start_step=step,
@@ -115,7 +116,7 @@ def replay(folder: Path, *, dataset=None, batch_size: int = 16, num_workers: int
             loss, norm, where = gradient_of(model, alone, facts["mixed_precision"])
             largest = max(largest, loss) if math.isfinite(loss) else largest
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                found = dict(timestep=int(batch["timesteps"][row]), loss=loss, gradient_norm=norm, where=where)
+                found = dict(timestep=batch["timesteps"][row].tolist(), loss=loss, gradient_norm=norm, where=where)
                 bad.append({"sample_id": sample_id} | found)
     if sorted(seen) != sorted(facts["sample_ids"]):
         raise RunError(f"{source.name} gives other samples at this step than the run had; give its own with --dataset.")

@@ -106,22 +106,25 @@ class Crop:
 
 @dataclass(frozen=True)
 class Corruption:
-    """Draws timestep and noise, the same ones for the same (seed, epoch, sample).
+    """Draws timesteps and noise, the same ones for the same (seed, epoch, sample).
 
     Args:
         num_timesteps: t is uniform in 0...num_timesteps - 1.
         tokens_shape: (N,K), tokens and latent dimensions of the noise.
+        timesteps_shape: () for one t for the image, (N,) for one for each token.
     """
 
     num_timesteps: int
     tokens_shape: tuple[int, int]
     seed: int = 0
+    timesteps_shape: tuple[int, ...] = ()
 
-    def __call__(self, epoch: int, sample_id: int) -> tuple[int, np.ndarray]:
-        """t, and standard normal noise as float32 (N,K)."""
-        timestep = random_generator(self.seed, "timestep", epoch, sample_id).integers(self.num_timesteps)
+    def __call__(self, epoch: int, sample_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """t, int64 of `timesteps_shape`, and standard normal noise as float32 (N,K)."""
+        timesteps = random_generator(self.seed, "timestep", epoch, sample_id)
         noise = random_generator(self.seed, "noise", epoch, sample_id)
-        return int(timestep), noise.standard_normal(self.tokens_shape, dtype=np.float32)
+        timesteps = timesteps.integers(self.num_timesteps, size=self.timesteps_shape)
+        return timesteps, noise.standard_normal(self.tokens_shape, dtype=np.float32)
 
 
 @dataclass(frozen=True)
