@@ -266,3 +266,10 @@ def test_the_command_learns_bright_from_dark_and_prints_the_number(encoder, imag
     rerun = json.loads((tmp_path / "run" / "result.json").read_text())["rerun"]
     assert rerun.startswith(f"ldae finetune {encoder} --dataset {tmp_path}/images --train-split train")
     assert "--layer-decay 0.85" in rerun and "--rand-augment 0" in rerun
+
+    # The same images at another place are the same images.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images").rename(tmp_path / "elsewhere" / "images")
+    words[words.index("--dataset") + 1] = str(tmp_path / "elsewhere" / "images")
+    exit_code, printed = Child(run).join()
+    assert exit_code == 0 and "this run is finished" in printed, printed

@@ -22,7 +22,7 @@ def run_facts(options: SimpleNamespace, encoder: Encoder, images: ProbeImages, r
     sections = {
         "model": chosen | origin,
         "tokenizer": {},
-        "data": {"dataset": images.train.name, "splits": images.splits} | counts,
+        "data": {"dataset": Path(images.train.name).name, "splits": images.splits} | counts,  # wherever it stands
         "train": asdict(recipe),
     }
     facts = {"task": TASK, "seed": options.seed, "num_images": len(images.train), "recipe": sections}
