@@ -215,6 +215,10 @@ CONTRADICTIONS = [
     ),
     ({"loss_weighting": "snr"}, "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with"),
     (
+        {"loss_weighting": "snr", "noise_schedule": "interpolative"},
+        "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with",
+    ),
+    (
         {"loss_weighting": "snr", "noise_schedule": "ddpm_linear", "prediction_target": "noise"},
         "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with",
     ),

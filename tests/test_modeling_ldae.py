@@ -148,6 +148,8 @@ def literal_schedule(name: str, timesteps: torch.Tensor) -> tuple[torch.Tensor, 
     t = timesteps.double()[:, None, None]
     if name == "linear_sigma":
         return torch.ones_like(t), math.sqrt(2) * t / 999
+    if name == "interpolative":
+        return 1 - t / 999, 3 * t / 999
     if name == "single_level":
         return torch.ones_like(t), torch.full_like(t, math.sqrt(1 / 3))
     if name == "snr_matched_sigma":

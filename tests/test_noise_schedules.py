@@ -18,11 +18,11 @@ from ldae_hf.noise_schedules import (
 LEVELS = 1000
 VARIANCE_PRESERVING = ("ddpm_linear", "linear_gamma_squared")
 UNSCALED_SIGNAL = ("linear_sigma", "single_level", "snr_matched_sigma")
-MANY_LEVELS = (*VARIANCE_PRESERVING, "linear_sigma", "snr_matched_sigma")
+MANY_LEVELS = (*VARIANCE_PRESERVING, "linear_sigma", "snr_matched_sigma", "interpolative")
 
 
 def test_every_schedule_is_under_one_of_the_laws():
-    assert set(VARIANCE_PRESERVING) | set(UNSCALED_SIGNAL) == set(SCHEDULES)
+    assert {*VARIANCE_PRESERVING, *UNSCALED_SIGNAL, "interpolative"} == set(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -63,6 +63,7 @@ def test_signal_to_noise_falls_at_every_level(name):
         ("linear_sigma", (1.0, 0.0), (1.0, 2**0.5)),
         ("single_level", (1.0, (1 / 3) ** 0.5), (1.0, (1 / 3) ** 0.5)),
         ("snr_matched_sigma", (1.0, (1 / 999) ** 0.5), (1.0, 999**0.5)),
+        ("interpolative", (1.0, 0.0), (0.0, 3.0)),
         ("ddpm_linear", (0.9999**0.5, 0.0001**0.5), (0.00635282, 0.99997982)),
     ],
 )
@@ -78,6 +79,27 @@ def test_linear_schedules_are_linear():
     torch.testing.assert_close(gammas**2, 1 - (t + 1) / LEVELS, rtol=0, atol=1e-15)
     _, sigmas = noise_schedule_tables("linear_sigma", LEVELS)
     torch.testing.assert_close(sigmas, 2**0.5 * t / (LEVELS - 1), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("levels", [2, 10, LEVELS])
+def test_interpolative_noise_goes_from_the_tokens_to_three_times_the_noise_on_a_straight_line(levels):
+    gammas, sigmas = noise_schedule_tables("interpolative", levels)
+    torch.testing.assert_close(gammas + sigmas / 3, torch.ones_like(gammas), rtol=0, atol=1e-15)
+    torch.testing.assert_close(sigmas.diff(), torch.full_like(sigmas[1:], 3 / (levels - 1)), rtol=0, atol=1e-12)
+    tokens, noise = torch.randn(2, 1, 4, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    schedule = NoiseSchedule("interpolative", levels)
+    assert torch.equal(schedule.add_noise(tokens, noise, torch.tensor([0])), tokens)
+    assert torch.equal(schedule.add_noise(tokens, noise, torch.tensor([levels - 1])), 3 * noise)
+
+
+def test_the_loss_weight_of_interpolative_noise_falls_from_one_to_nothing_and_its_mean_tends_to_an_integral():
+    weights = clean_target_weight(*noise_schedule_tables("interpolative", 100_001))
+    assert (weights[0], weights[-1]) == (1, 0)
+    # (1-x)² / ((1-x)² + 9x²), integrated over 0 ... 1 by Simpson's rule
+    x = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    values = (1 - x) ** 2 / ((1 - x) ** 2 + 9 * x**2)
+    simpson = (values[0] + 4 * values[1::2].sum() + 2 * values[2:-1:2].sum() + values[-1]) / 6000
+    assert weights.mean().item() == pytest.approx(simpson.item(), abs=1e-5)
 
 
 def test_snr_matched_sigma_has_the_ratios_and_the_loss_weights_of_linear_gamma_squared():

@@ -95,7 +95,9 @@ def test_with_ddpm_linear_a_whole_loop_equals_diffusers_on_the_same_network_and_
 def test_diffusers_deterministic_schedulers_drive_every_model_along_the_same_path(name, answer, processors):
     for noise_schedule in SAMPLING:
         pipeline = pipeline_of(processors, noise_schedule, answer)
-        steps = 9 if noise_schedule == "linear_gamma_squared" else 10  # 999 levels: diffusers' DDIM steps T // n
+        steps = (
+            9 if noise_schedule in ("linear_gamma_squared", "interpolative") else 10
+        )  # 999 levels: diffusers' DDIM steps T // n
         ours = images(pipeline, steps=steps)
         pipeline.scheduler = pipeline.scheduler.to_stock(getattr(diffusers, name))
         theirs = images(pipeline, steps=steps)

@@ -12,6 +12,7 @@ from ldae_hf.noise_schedules import SCHEDULES, NoiseSchedule, noise_schedule_tab
 
 
 SAMPLING_SCHEDULES = [name for name in SCHEDULES if name != "single_level"]
+ENDING_WITHOUT_SIGNAL = ("linear_gamma_squared", "interpolative")  # gamma is 0 at the last level
 SHAPES = [(2, 5, 3), (2, 3, 4, 4)]  # tokens (B,N,K) and images (B,C,H,W)
 
 
@@ -103,7 +104,7 @@ def test_timesteps_are_those_of_trailing_spacing(num_steps):
 def test_every_number_of_steps_gives_that_many_falling_timesteps(name):
     levels = 200
     scheduler = LDAEScheduler(name, num_train_timesteps=levels)
-    last = levels - 2 if name == "linear_gamma_squared" else levels - 1  # the last level with gamma > 0
+    last = levels - 2 if name in ENDING_WITHOUT_SIGNAL else levels - 1  # the last level with gamma > 0
     for num_steps in range(1, last + 2):
         scheduler.set_timesteps(num_steps)
         timesteps = scheduler.timesteps
@@ -192,10 +193,12 @@ def test_sampling_goes_through_all_levels(name):
 def test_sampling_starts_with_the_variance_of_the_last_level_that_holds_signal(name):
     scheduler = ready(name)
     gammas, sigmas = noise_schedule_tables(name)
-    last = 998 if name == "linear_gamma_squared" else 999
+    last = 998 if name in ENDING_WITHOUT_SIGNAL else 999
     assert scheduler.timesteps[0] == last
     assert scheduler.init_noise_sigma == pytest.approx((gammas[last] ** 2 + sigmas[last] ** 2).item() ** 0.5)
-    expected = {"linear_sigma": 3**0.5, "snr_matched_sigma": 1000**0.5}.get(name, 1)
+    expected = {"linear_sigma": 3**0.5, "snr_matched_sigma": 1000**0.5}
+    expected |= {"interpolative": (1 + (3 * 998) ** 2) ** 0.5 / 999}
+    expected = expected.get(name, 1)
     assert scheduler.init_noise_sigma == pytest.approx(expected, rel=1e-12)
 
 
@@ -214,8 +217,11 @@ def test_unit_gaussian_data_come_back_with_their_standard_deviation_without_any_
 
 
 @pytest.mark.parametrize("eta", [0, 1])
-@pytest.mark.parametrize("name", ["linear_sigma", "linear_gamma_squared"])
-def test_the_best_denoiser_of_two_unequal_components_recovers_their_moments(name, eta):
+# Of the strong noise of `interpolative` each step takes away more, so that it needs more of them.
+@pytest.mark.parametrize(
+    ("name", "steps"), [("linear_sigma", 100), ("linear_gamma_squared", 100), ("interpolative", 400)]
+)
+def test_the_best_denoiser_of_two_unequal_components_recovers_their_moments(name, steps, eta):
     # Mean 0, variance 1, third moment 0.768: the last is 0 for every Gaussian.
     weights, centres = torch.tensor([0.2, 0.8]).double(), torch.tensor([1.6, -0.4]).double()
     spread, count = 0.6, 40_000
@@ -232,7 +238,7 @@ def test_the_best_denoiser_of_two_unequal_components_recovers_their_moments(name
     data = (centres[chosen] + spread * normal(count, seed=2))[:, None]
     scheduler = ready(name)
     start = scheduler.add_noise(data, normal(count, 1, seed=3), int(scheduler.timesteps[0]))
-    sampled = sample_with(scheduler, start, 100, best_denoiser, seed=4, eta=eta)
+    sampled = sample_with(scheduler, start, steps, best_denoiser, seed=4, eta=eta)
     assert sampled.mean().item() == pytest.approx(0, abs=0.03)
     assert sampled.var().item() == pytest.approx(1, abs=0.06)
     assert (sampled**3).mean().item() == pytest.approx(0.768, abs=0.1)
@@ -403,6 +409,7 @@ def test_wrong_settings_are_refused_in_one_sentence(settings, message):
     [
         ("linear_sigma", 1001, 1000),
         ("linear_gamma_squared", 1000, 999),
+        ("interpolative", 1000, 999),
         ("ddpm_linear", 0, 1000),
         ("ddpm_linear", -5, 1000),
         ("ddpm_linear", 2.5, 1000),

@@ -32,13 +32,15 @@ SIZES = {
 }
 
 # The four keys of the path, each with its values in the order in which the paper takes them. `random_projection` and
-# `snr_matched_sigma` are controls that the paper does not have.
+# `snr_matched_sigma` are controls that the paper does not have, `interpolative` is a variant of later work.
 CONVOLUTIONAL_TOKENIZERS = ("vqgan", "conv_vae")
 LEARNED_PATCH_TOKENIZERS = ("patch_vae", "patch_ae")
 ORTHONORMAL_TOKENIZERS = ("patch_pca", "pixels", "random_projection")
 LEARNED_TOKENIZERS = CONVOLUTIONAL_TOKENIZERS + LEARNED_PATCH_TOKENIZERS
 TOKENIZERS = LEARNED_TOKENIZERS + ORTHONORMAL_TOKENIZERS
 NOISE_SCHEDULES = ("ddpm_linear", "linear_gamma_squared", "linear_sigma", "single_level", "snr_matched_sigma")
+NOISE_SCHEDULES += ("interpolative",)
+STARTING_WITHOUT_NOISE = ("linear_sigma", "interpolative")  # sigma is 0 at t = 0
 INPUT_SPACES = ("latent", "pixel")
 PREDICTION_TARGETS = ("noise", "latent", "reconstruction", "image")
 LATENT_SCALINGS = ("global", "whiten", "none")
@@ -349,11 +351,11 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 "for all; leave timestep_scope='image'."
             )
         if self.loss_weighting == "snr" and (
-            self.prediction_target == "noise" or self.noise_schedule == "linear_sigma"
+            self.prediction_target == "noise" or self.noise_schedule in STARTING_WITHOUT_NOISE
         ):
             raise ValueError(
                 "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with "
-                "prediction_target='noise' nor with noise_schedule='linear_sigma', whose first sigma is 0."
+                f"prediction_target='noise' nor with {' or '.join(STARTING_WITHOUT_NOISE)}, whose first sigma is 0."
             )
         if not 0 <= self.feature_timestep < self.num_noise_levels:
             raise ValueError(

@@ -44,12 +44,23 @@ def snr_matched_sigma(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Ten
     return torch.ones_like(gammas_squared), ((1 - gammas_squared) / gammas_squared).sqrt()
 
 
+def interpolative(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A variant that the paper lacks: from the tokens to noise on a straight line, gamma = 1 - tau, sigma = 3 tau.
+
+    tau = t / (T-1) grows from 0 to 1. Tokenizers that are trained as latent denoisers (arXiv 2507.15856) take such
+    noise, 3 times as strong as the latents themselves.
+    """
+    taus = torch.linspace(0, 1, num_train_timesteps, dtype=torch.float64)
+    return 1 - taus, 3 * taus
+
+
 SCHEDULES = {
     "ddpm_linear": ddpm_linear,
     "linear_gamma_squared": linear_gamma_squared,
     "linear_sigma": linear_sigma,
     "single_level": single_level,
     "snr_matched_sigma": snr_matched_sigma,
+    "interpolative": interpolative,
 }
 
 
