@@ -20,6 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests are small: threads would cost more than they bring, and their number changes the last bits of a sum.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# On an AMD processor MKL's last bits depend on where in memory a matrix lies, and weights of a file lie anywhere.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 
 @pytest.fixture(scope="session")
