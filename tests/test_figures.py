@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_path_results import ROWS, probe_row
+from test_path_results import COMMITTED, ROWS, probe_row
 from tiny_encoder import TINY, pictures, tiny_model, tiny_processor
 from typer.testing import CliRunner
 
@@ -37,6 +37,7 @@ from ldae_hf.evaluation.figures import (
 from ldae_hf.evaluation.figures.features import principal_colours
 from ldae_hf.evaluation.figures.sources import find_encoder, find_processor, find_tokenizer, short_names
 from ldae_hf.evaluation.figures.style import ONE_COLUMN, SERIES, TWO_COLUMNS
+from ldae_hf.evaluation.intervals import t_interval
 from ldae_hf.evaluation.path_results import path_groups
 from ldae_hf.recipes import load_recipe
 from ldae_hf.training.pictures import restorations
@@ -123,6 +124,7 @@ FIGURES = {
     "filters": lambda run, ledger: filters_figure([run / "ae"], 5),
     "filters of PCA": lambda run, ledger: filters_figure([run], 6),
     "curve": lambda run, ledger: curve_figure(curve_panels(ledger, "cpu")),
+    "curve with floors": lambda run, ledger: curve_figure(curve_panels(COMMITTED, "cpu")),
     "curve of the paper": lambda run, ledger: curve_figure(curve_panels(None)),
     "path": lambda run, ledger: path_bars(path_steps(ledger, "cpu")[0], "ours, cifar10"),
     "path of the paper": lambda run, ledger: path_bars(path_steps(None)[0], "ours"),
@@ -230,6 +232,8 @@ def test_the_curve_has_the_ledgers_points_at_the_tiers_k_and_no_others(ledger):
         probe_row("patch_pca_k_8", "e2", 44.0),
         probe_row("patch_pca", "e3", 47.0),
         probe_row("pixels", "e4", 30.0),
+        probe_row("pixels", "e10", 31.0),
+        probe_row("pixels", "e11", 35.0),
         probe_row("patch_ae_k_32", "e5", 1.0, tier="desk"),
         probe_row("patch_ae_k_32", "e6", 1.0, overrides=["train.epochs=1"]),
     ]
@@ -243,13 +247,40 @@ def test_the_curve_has_the_ledgers_points_at_the_tiers_k_and_no_others(ledger):
     assert ours.patch_dim == 192 and ours.title == "ours, cifar10 (tier cpu)"
     assert {curve.name: curve.points for curve in ours.curves} == {
         "patch PCA": [(8, [47.0]), (4, [40.0, 44.0])],
-        "pixels": [(192, [30.0])],
+        "pixels": [(192, [30.0, 31.0, 35.0])],
     }
-    axis = curve_figure([paper, ours]).axes[1]
-    line, _, [bar] = axis.containers[0]
-    assert line.get_xydata().tolist() == [[8, 47], [4, 42]]
-    spread = [segment[:, 1].tolist() for segment in bar.get_segments()]
-    assert spread == [[47, 47], pytest.approx([42 - 8**0.5, 42 + 8**0.5])]
+    assert not ours.floors
+
+
+def test_error_bars_of_the_curve_are_t_intervals_over_seeds_and_three_of_them_lie_within_the_panel(ledger):
+    tops = {"patch_pca_k_8": [40.0, 44.0], "patch_pca": [47.0], "pixels": [30.0, 31.0, 35.0]}
+    rows = [probe_row(name, f"{name} {top1}", top1) for name, values in tops.items() for top1 in values]
+    axis = curve_figure(curve_panels(ledger(*rows), "cpu")).axes[1]
+    (pca, _, [pca_bars]), (_, _, [pixel_bars]) = axis.containers
+    assert pca.get_xydata().tolist() == [[8, 47], [4, 42]]
+    bars = [segment[:, 1].tolist() for part in (pca_bars, pixel_bars) for segment in part.get_segments()]
+    wanted = [t_interval(tops[name]) for name in ("patch_pca", "patch_pca_k_8", "pixels")]
+    assert bars == [pytest.approx([i.mean - (i.half_width or 0), i.mean + (i.half_width or 0)]) for i in wanted]
+    low, high = axis.get_ylim()
+    assert low < bars[2][0] and bars[1][0] < low and bars[1][1] > high  # two seeds say next to nothing
+
+
+def test_the_curve_has_the_floors_that_the_ledger_has_as_lines_in_our_panel(ledger, tmp_path):
+    rows = [probe_row("patch_pca", "e1", 44.0), probe_row("patch_pca_k_8", "e2", 40.0), probe_row("l_dae", "e3", 43.0)]
+    for row, untrained in zip(rows, (28.0, 30.0, 31.0), strict=True):
+        row["floors"] = {"untrained encoder": {"top1": untrained}, "PCA latents, K = 8": {"top1": 39.0}}
+    rows[0]["floors"]["random whitened patches, stride 2"] = {"top1": 56.0}
+    paper, ours = curve_panels(ledger(*rows), "cpu")
+    assert not paper.floors
+    assert ours.floors == {"random whitened patches": [56.0], "untrained encoder": [28.0, 30.0, 31.0]}
+    figure = curve_figure([paper, ours])
+
+    def level(axis) -> list[float]:
+        return [line.get_ydata()[0] for line in axis.lines if list(line.get_xdata()) == [0, 1]]
+
+    assert level(figure.axes[0]) == [] and level(figure.axes[1]) == [56, 30]
+    assert figure.axes[1].get_ylim()[0] < 30 and figure.axes[1].get_ylim()[1] > 56
+    assert {"random whitened patches", "untrained encoder"} <= set(words_of(svg_text(figure, tmp_path)))
 
 
 def test_a_curve_without_results_of_ours_is_the_papers_alone(ledger):

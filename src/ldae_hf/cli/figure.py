@@ -80,7 +80,7 @@ def curve(
 ):
     """Draw accuracy over K for every tokenizer: the paper's points, and ours where there are any (Figure 5).
 
-    Ours are means over seeds with standard deviations, of the recipes of the sweeps (ldae recipes tree) at one tier.
+    Ours are means over seeds with 95 % t-intervals, of the recipes of the sweeps (ldae recipes tree) at one tier.
 
     \b
     ldae figure curve --tier cpu
