@@ -58,6 +58,7 @@ MAY_IMPORT = {
     | HUB
     | {"cards", "export", "model_checks", "progress", "remote_code", "training"},
     "evaluation": MODELS | BESIDE_THE_MODELS | FOLDERS | {"export", "ldae_hf", "recipes", "progress", "training"},
+    "reproduction": {"configuration_ldae", "latent_tokenizers", "manifest", "recipes", "training", "evaluation"},
 }
 MAY_IMPORT["cli"] = {room for room in MAY_IMPORT if not room.endswith("_ldae")}
 
@@ -66,7 +67,7 @@ DOORS = {
     "diffusers": {"scheduling_ldae", "latent_tokenizers", "pipeline_ldae"},
     "accelerate": {"training", "evaluation"},
     "datasets": {"training", "evaluation"},
-    "matplotlib": {"evaluation"},
+    "matplotlib": {"evaluation", "reproduction"},
     "typer": {"cli"},
     "timm": {"evaluation", "export"},
     "torchvision": set(),

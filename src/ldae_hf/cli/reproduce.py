@@ -1,5 +1,6 @@
 """`ldae reproduce`: the paper's tables, run: paper, ours, verdict."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,18 @@ from .figure_options import is_stem
 from .options import CheckpointEvery, NumWorkers, PerceptualWeights, PerDeviceBatchSize, can_be_written
 
 
-TIERS = ("cpu", "desk_cpu", "desk", "full")
+TIERS = ("cpu", "desk", "full")
+
+
+def is_time(hours: float | None) -> float | None:
+    """The hours of an option, if they are some.
+
+    Raises:
+        ValueError: they are none, or have no end.
+    """
+    if hours is not None and not 0 < hours < math.inf:
+        raise ValueError(f"--max-hours {hours:g} is no time; give a number above 0.")
+    return hours
 
 
 def reproduce(
@@ -30,7 +42,7 @@ def reproduce(
         typer.Option("--row", help="Run only this row and what it is compared with; may be repeated."),
     ] = None,
     runs: Annotated[Path, typer.Option(help="The folder of all runs, which are gone on with.")] = Path("runs"),
-    ledger: Annotated[Path, typer.Option(help="Results: read, and appended to.", callback=can_be_written)] = Path(
+    ledger: Annotated[Path, typer.Option(help="Results: read, and appended to.")] = Path(
         "benchmarks/results/ledger.jsonl"
     ),
     output: Annotated[
@@ -44,7 +56,9 @@ def reproduce(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be run, and how long it should take here.")
     ] = False,
-    max_hours: Annotated[float | None, typer.Option(help="Stop after this time; run again, it goes on.")] = None,
+    max_hours: Annotated[
+        float | None, typer.Option(help="Stop after this time; run again, it goes on.", callback=is_time)
+    ] = None,
     extractor: Annotated[
         Path | None, typer.Option(help="Of the Fréchet distance in table1; see ldae extractor --help.")
     ] = None,
@@ -75,15 +89,24 @@ def reproduce(
     from ldae_hf.reproduction.numbers import numbers
     from ldae_hf.reproduction.table import experiment_text, overview
 
+    running = {"--seed": seeds, "--row": rows, "--max-hours": max_hours, "--dry-run": dry_run}
     chosen = None if tier == "full" else tier
     if name is None:
-        typer.echo(overview([experiment(one) for one in EXPERIMENTS], read_ledger(ledger), TIERS, markdown))
+        _check_unused(running | {"--table-only": table_only, "--output": output}, "without a name")
+        tiers = TIERS if tier in TIERS else (*TIERS, tier)
+        typer.echo(overview([experiment(one) for one in EXPERIMENTS], read_ledger(ledger), tiers, markdown))
         return
+    if table_only:
+        _check_unused(running, "with --table-only")
+        if not ledger.exists():
+            raise ValueError(f"There is no ledger {ledger}, of which --table-only could make a table.")
     what = experiment(name, chosen)
-    found = numbers(what, read_ledger(ledger), chosen)
+    found, end = numbers(what, read_ledger(ledger), chosen), "finished"
     if not table_only:
         from ldae_hf.reproduction.jobs import Options, missing_jobs
 
+        if absent := [file for file in (extractor, perceptual_weights) if file is not None and not file.exists()]:
+            raise ValueError(f"{absent[0]} does not exist.")
         options = Options(**{field.name: given[field.name] for field in fields(Options)})
         jobs, skipped = missing_jobs(what, found, chosen, seeds or (0, 1, 2), options, rows or ())
         for sentence in skipped:
@@ -96,11 +119,10 @@ def reproduce(
         if jobs:
             from ldae_hf.reproduction.run import run_jobs
 
-            try:
-                finished = run_jobs(jobs, options, max_hours, typer.echo)
-            finally:
-                found = numbers(what, read_ledger(ledger), chosen)
-            typer.echo("" if finished else "\nso far:\n")
+            can_be_written(ledger)
+            end = run_jobs(jobs, options, max_hours, typer.echo)
+            found = numbers(what, read_ledger(ledger), chosen)
+            typer.echo("" if end == "finished" else "\nso far:\n")
     typer.echo(experiment_text(what, found, chosen, markdown))
     if output is not None:
         from ldae_hf.evaluation.figures import save_both
@@ -111,3 +133,13 @@ def reproduce(
         file.write_text(experiment_text(what, found, chosen, markdown=True) + "\n", encoding="utf-8")
         for written in [file, *save_both(experiment_figure(what, found, chosen), output)]:
             typer.echo(written)
+    if end == "signal":
+        from ldae_hf.training import EXIT_CODE
+
+        raise typer.Exit(EXIT_CODE)
+
+
+def _check_unused(options: dict, where: str) -> None:
+    """Raises ValueError for an option that was given and means nothing."""
+    if given := [option for option, value in options.items() if value]:
+        raise ValueError(f"{given[0]} means nothing {where}; leave it out.")

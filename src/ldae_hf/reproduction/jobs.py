@@ -3,13 +3,15 @@
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LEARNED_TOKENIZERS
 from ..latent_tokenizers import CONFIG_NAME
 from ..manifest import MANIFEST
-from ..recipes import Recipe, load_recipe
+from ..recipes import Recipe, RecipeError, load_recipe
+from ..training.run_folder import identity
 from ..training.token_cache import can_be_cached
 from .experiments import Experiment, Row, not_testable
 from .numbers import SHARED_FLOORS, Numbers
@@ -105,7 +107,7 @@ def missing_jobs(
         ValueError: no row has such a label, or a folder that a job would go on with holds another run.
     """
     jobs: dict[tuple, Job] = {}
-    skipped, with_floors = {}, set()
+    skipped, with_floors, shared = {}, set(), _shared_floors(found)
     if unknown := [label for label in labels if label not in {row.label for row in experiment.rows}]:
         known = ", ".join(dict.fromkeys(row.label for row in experiment.rows))
         raise ValueError(f"{experiment.name} has no row {unknown[0]!r}; choose of {known}.")
@@ -121,10 +123,12 @@ def missing_jobs(
             continue
         recipe = load_recipe(row.recipe, tier)
         for seed in lacking:
-            floors = not found.of(row) and row.recipe not in with_floors
-            with_floors.add(row.recipe)
+            floors = []
+            if row.measure == "probe" and not found.of(row) and row.recipe not in with_floors:
+                with_floors.add(row.recipe)
+                floors, shared = [*_own_floors(recipe), *shared], []
             training = _training(recipe, tier, seed, options)
-            for job in [*training, _measurement(row, recipe, seed, options, found, floors)]:
+            for job in [*training, _measurement(row, recipe, seed, options, floors)]:
                 if not job.is_done():
                     jobs.setdefault((job.words[:2], job.recipe.name, job.seed), job)
     return list(jobs.values()), list(skipped)
@@ -152,7 +156,7 @@ def _training(recipe: Recipe, tier: str | None, seed: int, options: Options) -> 
     return [*jobs, Job(f"{recipe.title}, seed {seed}", recipe, seed, "pretrain", tuple(words), **made)]
 
 
-def _measurement(row: Row, recipe: Recipe, seed: int, options: Options, found: Numbers, floors: bool) -> Job:
+def _measurement(row: Row, recipe: Recipe, seed: int, options: Options, floors: Sequence[str]) -> Job:
     folder, full = run_folder(recipe, seed, options), recipe.tier is None
     encoder, ending = folder / "encoder", ["--num-workers", str(options.num_workers), "--ledger", str(options.ledger)]
     if row.measure == "distance":
@@ -168,21 +172,22 @@ def _measurement(row: Row, recipe: Recipe, seed: int, options: Options, found: N
     elif full:
         words = ["full-probe", str(encoder), "--output-dir", f"{folder}-probe"]
     else:
-        words = ["probe", str(encoder), *_floors(recipe, found, floors)]
+        words = ["probe", str(encoder), *(word for name in floors or ["none"] for word in ("--floor", name))]
     on_all = row.measure in ("distance", "fine_tune") or words[0] == "full-probe"
     title = f"{recipe.title}, seed {seed}: {' '.join(words[: 2 if words[0] == 'sweep' else 1])}"
     return Job(title, recipe, seed, row.measure, tuple(words + ending), on_all=on_all)
 
 
-def _floors(recipe: Recipe, found: Numbers, wanted: bool) -> list[str]:
-    """Each recipe's own floors once, beside its first seed; those that all recipes share once in the experiment."""
-    if not wanted:
-        return ["--floor", "none"]
-    own = ["untrained"] if recipe.is_masked else ["latents", "untrained"]
+def _own_floors(recipe: Recipe) -> list[str]:
+    """Those that are measured for each recipe, once, beside its first seed."""
+    return ["untrained"] if recipe.is_masked else ["latents", "untrained"]
+
+
+def _shared_floors(found: Numbers) -> list[str]:
+    """Those that all recipes share and nobody has measured yet: once in the experiment."""
+    options = dict(zip(SHARED_FLOORS, ("pixels", "random_patches"), strict=True))
     there = found.floors.get("probe", {})
-    shared = {"raw pixels": "pixels", "random whitened patches": "random_patches"}
-    names = own + [shared[name] for name in SHARED_FLOORS if name not in there]
-    return [word for name in names for word in ("--floor", name)]
+    return [option for name, option in options.items() if not any(one.startswith(name) for one in there)]
 
 
 def run_folder(recipe: Recipe, seed: int, options: Options) -> Path:
@@ -197,22 +202,28 @@ def tokenizer_owner(recipe: Recipe, tier: str | None) -> Recipe:
         keys = ("tokenizer", "latent_dim", "image_size", "patch_size", "num_channels", "latent_scaling")
         return {key: one.model.get(key) for key in keys} | {"training": one.tokenizer, "data": one.data}
 
-    way = (load_recipe(name, tier) for name in recipe.steps)
-    return next(one for one in way if trained(one) == trained(recipe))
+    for name in recipe.steps:
+        with suppress(RecipeError):  # the tier has no such model
+            one = load_recipe(name, tier)
+            if trained(one) == trained(recipe):
+                return one
+    return recipe
 
 
 def _check_holds(folder: Path, recipe: Recipe, seed: int) -> None:
-    """Raises ValueError if a finished run in the folder is another one; `ldae pretrain` sees to unfinished ones."""
-    file = folder / "run.json"
+    """Raises ValueError if the run in the folder is another one, a finished one too."""
+    file, run = folder / "run.json", {"seed": seed, "recipe": recipe.to_dict()}
     if not file.is_file():
         return
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-        there = (run["recipe"]["name"], run["recipe"]["tier"], run["recipe"]["overrides"], run["seed"])
-    except (ValueError, LookupError, TypeError) as error:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        name, before, now = there["recipe"]["name"], identity(there), identity(run)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read as a run; move {folder} away, or choose another --runs.") from error
-    if there != (recipe.name, recipe.tier, [], seed):
-        raise ValueError(f"{folder} holds another run, {there[0]} of seed {there[3]}; choose another --runs.")
+    changed = [f"{key}={before[key]!r}, not {now[key]!r}" for key in now if key in before and before[key] != now[key]]
+    if name != recipe.name or changed:
+        what = changed[0] if name == recipe.name else f"of {name}, not of {recipe.name}"
+        raise ValueError(f"{folder} holds another run, {what}; move it away, or choose another --runs.")
 
 
 def _name(recipe: Recipe, tier: str | None) -> list[str]:

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
-from ..training import EXIT_CODE
+from ..training.session import EXIT_CODE, SIGNALS
 from .jobs import Job, Options
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+End = Literal["finished", "time", "signal"]
 
 
 def run_jobs(
@@ -22,42 +23,45 @@ def run_jobs(
     options: Options,
     max_hours: float | None = None,
     say: Callable[[str], None] = print,
-) -> bool:
+) -> End:
     """Runs the commands in their order. What was done stays done: run again, it goes on.
 
     A command that can stop is told how much time is left; no command begins after `max_hours`. A signal is passed on
     to the command, which saves what it has.
 
     Returns:
-        Whether all of them are done.
+        "finished" if all of them are done; "time" or "signal" for what ended it before.
 
     Raises:
         ValueError: a command failed; its own words stand above.
     """
     began = time.monotonic()
     for number, job in enumerate(jobs, start=1):
-        words = list(job.words)
+        words, minutes = list(job.words), math.inf if max_hours is None else 60 * max_hours
         if max_hours is not None:
-            left = 60 * max_hours - (time.monotonic() - began) / 60
+            left = minutes - (time.monotonic() - began) / 60
             if left <= 0:
                 say(f"stopped after {max_hours:g} hours, before {job.title}; the same command goes on")
-                return False
+                return "time"
             if job.stops:
                 words += ["--max-minutes", f"{math.ceil(10 * left) / 10:g}"]
         say(f"\n[{number}/{len(jobs)}] {job.title}\n$ {shlex.join(['ldae', *words])}")
         code, was_asked = _run([*_program(job, options), *words])
         if was_asked or code == EXIT_CODE:
             say(f"stopped in {job.title}; the same command goes on")
-            return False
+            return "signal"
         if code:
+            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
             raise ValueError(
-                f"`{job.command}` ended with exit code {code}; see what it says above. What was done before it is "
-                "kept: mend it and run the same command again."
+                f"`{job.command}` ended with {how}; see what it says above. What was done before it is kept: mend it "
+                "and run the same command again."
             )
-        if job.output is not None and not job.is_done():
+        # Of a measurement that stops early only the time says so.
+        is_over = job.stops and time.monotonic() - began >= 60 * minutes
+        if not job.is_done() and (job.output is not None or is_over):
             say(f"the time is over in {job.title}; the same command goes on")
-            return False
-    return True
+            return "time"
+    return "finished"
 
 
 def _program(job: Job, options: Options) -> list[str]:
@@ -70,15 +74,20 @@ def _program(job: Job, options: Options) -> list[str]:
 
 def _run(command: list[str]) -> tuple[int, bool]:
     """Its exit code, and whether a signal asked for its end."""
-    asked = []
-    process = subprocess.Popen(command)
+    asked, process = [], None
 
     def pass_on(number: int, frame) -> None:
         asked.append(number)
-        process.send_signal(number)
+        if process is not None:
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    # As in a training: a SIGHUP that is ignored is nohup's.
+    caught = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) == signal.SIG_DFL]
+    before = {number: signal.signal(number, pass_on) for number in caught}
     try:
+        process = subprocess.Popen(command)
+        for number in asked:  # while it was being started
+            process.send_signal(number)
         return process.wait(), bool(asked)
     finally:
         for number, handler in before.items():
