@@ -19,6 +19,7 @@ from ldae_hf.recipes.display import path_markdown
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PENDING = (ROOT / "benchmarks" / "pending.md").read_text(encoding="utf-8")
+REPRODUCED = sorted((ROOT / "benchmarks" / "results" / "reproduce").glob("*/*.md"))
 LEDGER = ROOT / "benchmarks" / "results" / "ledger.jsonl"
 COMPARISONS = re.findall(r"<!-- comparison: ldae (.+?) -->\n(.*?)<!-- end of comparison -->", README, re.DOTALL)
 
@@ -49,6 +50,20 @@ def test_a_comparison_is_what_its_command_prints(command, table, monkeypatch):
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(app, shlex.split(command))
     assert result.exit_code == 0 and result.stdout.strip() == table.strip()
+
+
+def test_the_states_of_the_papers_tables_are_what_the_command_prints(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(app, ["reproduce", "--markdown"])
+    assert between("<!-- states: ldae reproduce --markdown -->", "<!-- end of states -->") == result.stdout.strip()
+
+
+@pytest.mark.parametrize("file", REPRODUCED, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_reproduced_table_is_what_the_command_prints(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["reproduce", file.stem, "--tier", file.parent.name, "--table-only", "--markdown"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and result.stdout.strip() == file.read_text(encoding="utf-8").strip()
 
 
 def commands() -> list[str]:

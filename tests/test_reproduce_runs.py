@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from ldae_hf.cli import app
 from ldae_hf.manifest import MANIFEST
 from ldae_hf.recipes import load_recipe
-from ldae_hf.reproduction.experiments import EXPERIMENTS, experiment
 from ldae_hf.reproduction.jobs import Job, Options, missing_jobs, run_folder
 from ldae_hf.reproduction.numbers import numbers
 from ldae_hf.reproduction.run import run_jobs
+from ldae_hf.reproduction.tables import EXPERIMENTS, experiment
 
 
 EXTRACTOR = Path("extractor")

@@ -11,10 +11,11 @@ from test_path_results import COMMITTED
 from ldae_hf.evaluation.figures.style import DPI, TWO_COLUMNS
 from ldae_hf.evaluation.intervals import t_interval
 from ldae_hf.evaluation.ledger import read_ledger
-from ldae_hf.reproduction.experiments import Experiment, Row, experiment, latent_dims
+from ldae_hf.reproduction.experiments import Experiment, Row, latent_dims
 from ldae_hf.reproduction.figure import experiment_figure
 from ldae_hf.reproduction.numbers import Numbers, numbers
 from ldae_hf.reproduction.table import verdicts
+from ldae_hf.reproduction.tables import experiment
 from ldae_hf.reproduction.verdicts import MARGIN
 
 

@@ -85,9 +85,9 @@ def reproduce(
     from dataclasses import fields
 
     from ldae_hf.evaluation.ledger import read_ledger
-    from ldae_hf.reproduction.experiments import EXPERIMENTS, experiment
     from ldae_hf.reproduction.numbers import numbers
     from ldae_hf.reproduction.table import experiment_text, overview
+    from ldae_hf.reproduction.tables import EXPERIMENTS, experiment
 
     running = {"--seed": seeds, "--row": rows, "--max-hours": max_hours, "--dry-run": dry_run}
     chosen = None if tier == "full" else tier

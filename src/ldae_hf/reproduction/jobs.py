@@ -124,7 +124,7 @@ def missing_jobs(
         recipe = load_recipe(row.recipe, tier)
         for seed in lacking:
             floors = []
-            if row.measure == "probe" and not found.of(row) and row.recipe not in with_floors:
+            if row.measure in ("probe", "cached_probe") and not found.of(row) and row.recipe not in with_floors:
                 with_floors.add(row.recipe)
                 floors, shared = [*_own_floors(recipe), *shared], []
             training = _training(recipe, tier, seed, options)
@@ -169,7 +169,7 @@ def _measurement(row: Row, recipe: Recipe, seed: int, options: Options, floors: 
         words = ["sweep", "timesteps", str(encoder)]
     elif row.measure == "depth":
         words = ["sweep", "depth", str(folder)]
-    elif full:
+    elif full and row.measure == "probe":
         words = ["full-probe", str(encoder), "--output-dir", f"{folder}-probe"]
     else:
         words = ["probe", str(encoder), *(word for name in floors or ["none"] for word in ("--floor", name))]

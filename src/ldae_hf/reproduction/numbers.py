@@ -22,6 +22,7 @@ from .experiments import Experiment, Row
 # Measure -> the task of its rows in the ledger. At full size a probe is the paper's own, on augmented images.
 TASKS = {
     "probe": "linear_probe",
+    "cached_probe": "linear_probe",
     "distance": "frechet_distance",
     "fine_tune": "fine_tune",
     "depth": "sweep_depth",
@@ -41,12 +42,13 @@ class Numbers:
         values: by label and measure of a row, its numbers by seed.
         floors: by measure and name, what is measured of no trained encoder, over all rows.
         left_out: sentences on rows of the ledger that were measured in another way than most.
-        dataset: whose test images they are; None without any number.
+        machines: on which the models were trained, as far as it was recorded.
     """
 
     values: dict[tuple[str, str], dict[int, float]]
     floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    machines: set[str] = field(default_factory=set)
 
     def of(self, row: Row) -> dict[int, float]:
         return self.values[row.label, row.measure]
@@ -92,6 +94,8 @@ def numbers(experiment: Experiment, rows: Iterable[dict], tier: str | None) -> N
         measured = [one for of_recipe in by_recipe.values() for one in of_recipe]
         floors = _all_floors(measured, rows, task, load_recipe(END_OF_PATH, tier).tier)
         found.floors |= {row.measure: floors for row in wanted}
+        places = [one.row["training"].get("machine") or {} for one in measured]
+        found.machines |= {str(place.get("gpu") or place.get("cpu")) for place in places if place}
     return found
 
 

@@ -4,8 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..evaluation.intervals import t_interval
-from .experiments import MEASURES, Experiment, Row, experiment, latent_dims, not_testable
+from ..recipes import load_recipe
+from ..recipes.display import END_OF_PATH
+from .experiments import MEASURES, Experiment, Row, latent_dims, not_testable
 from .numbers import Numbers, numbers
+from .tables import experiment
 from .verdicts import RULE, Verdict, judge
 
 
@@ -45,6 +48,9 @@ def experiment_text(what: Experiment, found: Numbers, tier: str | None, markdown
         if reason := not_testable(row, what.reference(row), tier):
             reasons[f"{row.label} is not testable here: {reason}"] = True
     foot = [*what.notes, *reasons, *found.left_out]
+    if found.machines:
+        rate = load_recipe(END_OF_PATH, tier).train["base_learning_rate"]
+        foot.append(f"base learning rate {rate:g} in all rows; trained on {' and '.join(sorted(found.machines))}")
     parts += ["", " ".join([CELLS, RULE]), *(f"- {note}" for note in foot)]
     return "\n".join(parts)
 
