@@ -1,5 +1,6 @@
 """What a ledger says of the rows of an experiment: numbers by seed, all of one protocol, and the floors beside them."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ TASKS = {
     "timesteps": "sweep_timestep",
     "best_noisy": "sweep_timestep",
 }
+SWEEPS = ("sweep_depth", "sweep_timestep")
 FULL_PROBE = "full_linear_probe"
 # They do not depend on the recipe, only on the dimension. A name may go on, as in `raw pixels at 32x32`.
 SHARED_FLOORS = ("raw pixels", "random whitened patches")
@@ -187,7 +189,10 @@ def _finite(number: float) -> float:
 
 
 def _all_floors(measured: Sequence[_Result], rows: Sequence[dict], task: str, tier: str | None) -> dict[str, list]:
-    """By name: those of the results' own rows, and what all recipes share, of any row that was measured like them."""
+    """By name: those of the results' own rows, and what all recipes share, of any row that was measured like them.
+
+    A sweep measures no floors: those beside it are of linear probes with the same head on the same images.
+    """
     found: dict[str, list[float]] = {}
     with_dims = []
     for one in measured:
@@ -197,9 +202,10 @@ def _all_floors(measured: Sequence[_Result], rows: Sequence[dict], task: str, ti
                 if not name.startswith(SHARED_FLOORS):
                     found.setdefault(name, []).append(value)
     for number, row in enumerate(rows, start=1):
-        if (row.get("task"), row.get("tier")) != (task, tier):
+        other = "linear_probe" if task in SWEEPS else task
+        if (row.get("task"), row.get("tier")) != (other, tier):
             continue
-        with _reading(number, task):
+        with _reading(number, other):
             shared = {name: value for name, value in _floors(row).items() if name.startswith(SHARED_FLOORS)}
             if shared and (_like(row), row.get("dim")) in with_dims:
                 for name, value in shared.items():
@@ -208,7 +214,16 @@ def _all_floors(measured: Sequence[_Result], rows: Sequence[dict], task: str, ti
 
 
 def _like(row: dict) -> str:
-    return comparison(row) if row["task"] == "frechet_distance" else signature(row)
+    """What rows have in common if the floors of one may stand beside the other."""
+    if row["task"] == "frechet_distance":
+        return comparison(row)
+    if row["task"] not in ("linear_probe", *SWEEPS):
+        return signature(row)
+    # Of a floor the head counts, not where or when the encoder beside it was probed; nor how a point was selected.
+    protocol = row["protocol"]
+    head = {key: value for key, value in protocol[row["task"]].items() if key not in ("selection", "seed")}
+    images = {split: protocol[split]["dataset"] for split in ("train", "test")}
+    return json.dumps([head, images, protocol["image_size"]], sort_keys=True)
 
 
 def _floors(one: dict) -> dict[str, float]:
