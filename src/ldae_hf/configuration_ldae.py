@@ -74,7 +74,7 @@ LARGEST = {
     "num_labels": 2**17,
 }
 LARGEST_PATCH_DIM = 2**12  # its basis has the square of this
-LARGEST_POSITION_TABLE = 2**24  # num_patches · hidden_size
+LARGEST_POSITION_TABLE = 2**26  # num_patches · hidden_size
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # What transformers itself writes into a config.json, or passes to a configuration, beside the declared fields.

@@ -77,10 +77,7 @@ class Denoising:
             beside_tokenizer = Path(options.tokenizer) / "processor"
             given = beside_tokenizer if beside_tokenizer.is_dir() else None
         self.processor = fit_processor(folder / "processor", given, self.config, source, self.recipe, session, loading)
-        keys = (
-            "dataset image_column label_column perceptual_weights quarantine seed num_workers mixed_precision log_every"
-        )
-        training = {key: getattr(options, key) for key in keys.split()}
+        training = {key: getattr(options, key) for key in TOKENIZER_OPTIONS.split()}
         training["max_minutes"] = None if minutes is None else minutes - (time.monotonic() - began) / 60
         self.tokenizer = tokenizer_for_run(
             folder, options.tokenizer, self.recipe, self.config, self.processor, session, training
