@@ -284,6 +284,22 @@ def test_what_is_stopped_goes_on_and_gives_what_one_run_gives_which_is_then_a_ta
     assert re.search("1 (holds|reversed|within noise)$", line)
 
 
+def test_a_dry_run_names_the_commands_and_the_time_or_why_it_cannot_be_said(home, monkeypatch):
+    monkeypatch.chdir(home)
+    Path("elsewhere.yaml").write_text(TINY_TIER.replace("PICTURES", "not/here"))
+    said = {}
+    for tier in ("tiny.yaml", "elsewhere.yaml"):
+        words = ["reproduce", "single-level", "--tier", tier, "--ledger", "none.jsonl", "--seed", "0", "--dry-run"]
+        shown = CliRunner().invoke(app, words)
+        assert shown.exit_code == 0
+        commands = re.findall(r"ldae (pretrain \w+|probe .+?single_level-seed-0|probe .+?l_dae-seed-0)", shown.stdout)
+        assert [command.split()[0] for command in commands] == ["pretrain", "probe", "pretrain", "probe"]
+        said[tier] = shown.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(r"4 commands, about \d+ (s|min) on this machine, one after the other", said["tiny.yaml"])
+    assert "4 commands; how long they take here cannot be said: not/here is not on" in said["elsewhere.yaml"]
+    assert not (home / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -150,7 +150,11 @@ def dry_run_text(jobs: Sequence[Job], tier: str | None, options: Options) -> str
     """The commands that are missing, each with the time that it should take here, and all of it."""
     if not jobs:
         return "Nothing is missing; the table comes from the ledger (--table-only)."
-    machine = measure(tier, options)
+    try:
+        machine = measure(tier, options)
+    except ValueError as error:  # the data are not here, or the model is too large for this machine
+        commands = [job.command for job in jobs]
+        return "\n".join([*commands, "", f"{len(jobs)} commands; how long they take here cannot be said: {error}"])
     estimate = Estimate(machine, options)
     lines = [f"{duration(estimate.seconds(job)):>7}  {job.command}" for job in jobs]
     total = f"{len(jobs)} commands, about {duration(estimate.total(jobs))} on this machine, one after the other"
