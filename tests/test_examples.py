@@ -1,6 +1,7 @@
 """The examples of what to do with a finished encoder, on tiny images."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -92,5 +93,6 @@ def test_an_example_runs_as_a_command_and_names_what_it_cannot_find(encoder, ima
     command = [sys.executable, str(EXAMPLES / "features.py"), str(images), "--encoder", encoder]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout == "features.safetensors: features of 32 images, 32 values each\n"
-    run = subprocess.run([*command[:2], str(tmp_path / "nowhere")], capture_output=True, text=True)
+    wide = os.environ | {"COLUMNS": "1000"}  # else a long path breaks the sentence where the line ends
+    run = subprocess.run([*command[:2], str(tmp_path / "nowhere")], capture_output=True, text=True, env=wide)
     assert run.returncode == 2 and "does not exist" in run.stderr

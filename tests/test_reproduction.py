@@ -256,6 +256,7 @@ def test_a_sweep_gives_each_point_its_row_and_the_best_noisy_one_by_held_out_ima
     levels += [dict(timestep=20, noise="frozen", top1=47.0, held_out_top1=50.0)]
     swept = dict(task="sweep_timestep", points=levels)
     changes = {"protocol.features.timestep": [10, 20], "protocol.features.noise": ["clean", "frozen"]}
+    changes |= {"protocol.sweep_timestep": PROBE["protocol"]["linear_probe"]}
     rows = [result("l_dae", 0, 50.0, changes=changes, **swept)]
     found = by_label("timesteps", rows, measure="timesteps")
     assert found == {"t = 10, clean": {0: 50.0}, "t = 10, frozen": {0: 48.0}, "t = 20, frozen": {0: 47.0}}
