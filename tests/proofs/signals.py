@@ -164,7 +164,7 @@ def cases() -> list[Case]:
         Case("evaluation, middle", in_evaluation(11), "SIGINT", rank=None, breaks=True),
         Case("evaluation, of the last step", in_evaluation(4 * 7 + 3), rank=None, workers=2, breaks=True),
         Case("evaluation's lines", at(MetricsLog, "_append", 5)),
-        Case("painting", at(module("pretrain"), "denoising_picture", 2, seconds=LONG), breaks=True),
+        Case("painting", at(module("denoising"), "denoising_picture", 2, seconds=LONG), breaks=True),
         Case("last step", at_step(STEPS)),
         Case("last update", at(module("pretrain"), "update", STEPS), "SIGINT", rank=None, workers=2),
         Case("last checkpoint", at(CheckpointWriter, "_write", STEPS // 3, seconds=1), code=0),
