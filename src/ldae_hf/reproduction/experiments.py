@@ -1,7 +1,7 @@
 """What a table or figure is: rows, each a recipe, the number that is measured, and what it is compared with."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..recipes import Recipe, RecipeError, load_recipe
 from .verdicts import Claim, claim_of
@@ -41,13 +41,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or figure of the paper; `rows` in its order. `beyond` is one that the paper does not have."""
+    """A table or figure; `rows` in its order, `notes` for below it."""
 
     name: str
     title: str
     rows: tuple[Row, ...]
-    beyond: bool = False
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def reference(self, row: Row) -> Row | None:
         """The row that this one is compared with, of the same measure."""

@@ -151,7 +151,7 @@ def _single_level(tier: str | None) -> Experiment:
 def _latent_scale(tier: str | None) -> Experiment:
     rows = [_of(END_OF_PATH), *(_of(name, END_OF_PATH) for name in sweep_members("latent_scaling"))]
     notes = ("the paper does not say how the latents are scaled; `l_dae` scales them by one number",)
-    return Experiment("", "The scale of the latents", tuple(rows), beyond=True, notes=notes)
+    return Experiment("", "The scale of the latents", tuple(rows), notes=notes)
 
 
 def _controls(tier: str | None) -> Experiment:
@@ -179,13 +179,13 @@ def _controls(tier: str | None) -> Experiment:
 
 def _residual_weight(tier: str | None) -> Experiment:
     rows = [_of(END_OF_PATH), *(_of(name, END_OF_PATH) for name in sweep_members("residual_weight"))]
-    return Experiment("", "The weight of the loss outside the K directions, 0.1 in l_dae", tuple(rows), beyond=True)
+    return Experiment("", "The weight of the loss outside the K directions, 0.1 in l_dae", tuple(rows))
 
 
 def _mae(tier: str | None) -> Experiment:
     rows = [_of(END_OF_PATH), _of("mae", END_OF_PATH), _of("mae_equal_flops", END_OF_PATH)]
     notes = ("400 epochs of centre crops, as in the path, or as many FLOPs; Table 4 has the paper's comparison",)
-    return Experiment("", "The masked autoencoder beside l-DAE", tuple(rows), beyond=True, notes=notes)
+    return Experiment("", "The masked autoencoder beside l-DAE", tuple(rows), notes=notes)
 
 
 def _noise_grid(tier: str | None) -> Experiment:
@@ -212,12 +212,12 @@ def _noise_grid(tier: str | None) -> Experiment:
         "the random directions are always the same ones, which hold 0.73 of the variance that such directions hold on "
         "average (tier cpu), so their noise is 0.86 of what the name says",
     )
-    return Experiment("", "Is it the low dimension or the noise level?", tuple(rows), beyond=True, notes=notes)
+    return Experiment("", "Is it the low dimension or the noise level?", tuple(rows), notes=notes)
 
 
 def _variants(tier: str | None) -> Experiment:
     rows = [_of(END_OF_PATH), _of("token_noise_levels", END_OF_PATH), _of("interpolative_noise", END_OF_PATH)]
-    return Experiment("", "Variants of the final method, with the same budget", tuple(rows), beyond=True)
+    return Experiment("", "Variants of the final method, with the same budget", tuple(rows))
 
 
 EXPERIMENTS: dict[str, Callable[[str | None], Experiment]] = {
