@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ldae_hf.cli import app
 from ldae_hf.evaluation.path_results import path_groups, path_text
+from ldae_hf.evaluation.probe_results import probe_cells
 from ldae_hf.evaluation.reconstruction import reconstruction_markdown
 from ldae_hf.recipes import load_recipe, sweep_names
 from ldae_hf.recipes.display import path_markdown
@@ -31,7 +32,7 @@ def between(start: str, end: str) -> str:
 
 def test_the_path_table_is_what_the_command_prints():
     start = "<!-- path table: ldae recipes tree --markdown -->"
-    assert between(start, "<!-- end of path table -->") == path_markdown(LEDGER)
+    assert between(start, "<!-- end of path table -->") == path_markdown(probe_cells(LEDGER))
 
 
 def test_the_table_of_tokenizers_is_what_the_command_prints():

@@ -39,7 +39,12 @@ def tree(
     """
     if ledger is None and (usual := Path("benchmarks/results/ledger.jsonl")).is_file():
         ledger = usual
-    typer.echo(path_markdown(ledger) if markdown else tree_text(ledger))
+    ours = None
+    if ledger is not None:
+        from ldae_hf.evaluation.probe_results import probe_cells
+
+        ours = probe_cells(ledger)
+    typer.echo(path_markdown(ours) if markdown else tree_text(ours, str(ledger)))
 
 
 @app.command("show")

@@ -32,6 +32,15 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     return Interval(mean(values), half_width, count)
 
 
+def mean_cell(values: Sequence[float]) -> str:
+    """As `41.4 ±0.6 (3)`: the mean, half its 95 % interval where there are several values, their number."""
+    if not values:
+        return ""
+    found = t_interval(values)
+    spread = "" if found.half_width is None else f" ±{found.half_width:.1f}"
+    return f"{found.mean:.1f}{spread} ({found.count})"
+
+
 def paired_difference(
     first: Mapping[int, float], second: Mapping[int, float], confidence: float = 0.95
 ) -> Interval | None:

@@ -4,13 +4,13 @@ along the path. Distances that cannot be compared never share a table.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 
 from ..recipes import Recipe, load_recipe
 from ..recipes.display import END_OF_PATH
 from .distances import comparison, distance_label
+from .intervals import mean_cell
 from .ledger import LEDGER, read_ledger
-from .probe_results import ProbeResult, probe_results
+from .probe_results import ProbeResult, last_of_each_seed, probe_results
 
 
 HEAD = ("step", "paper top-1", "paper FID", "top-1", "distance")
@@ -48,8 +48,8 @@ def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[Pa
     """What a ledger says of the recipes of the path at one tier, in groups of comparable distances.
 
     Results with overrides do not count, nor probes at another timestep than the recipe's, with noise, or on another
-    data set than the distances' reference; of several results of an encoder the last one counts. Where encoders of a
-    step have both numbers, only these are shown.
+    data set than the distances' reference; of several results of an encoder the last one counts, and of several
+    encoders of a seed the last one. Where encoders of a step have both numbers, only these are shown.
 
     Args:
         ledger: JSON lines, as `ldae probe` and `ldae fid` append them. tier: None is full size.
@@ -72,7 +72,8 @@ def path_groups(ledger: str | Path = LEDGER, tier: str | None = None) -> list[Pa
             tiers.add(row["tier"] or "full size")
             if row["tier"] == tier:
                 group = groups.setdefault(comparison(row), {name: {} for name in path})
-                group[recipe.name][row["protocol"]["encoder"]] = row
+                group[recipe.name].pop(encoder := row["protocol"]["encoder"], None)
+                group[recipe.name][encoder] = row  # in the order in which they were measured
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{ledger}: row {number} is no result as `ldae fid` writes it.") from error
     if not groups:
@@ -106,13 +107,13 @@ def choose_group(groups: list[PathGroup], number: int | None = None) -> PathGrou
 def path_text(group: PathGroup, markdown: bool = False) -> str:
     """A group as a table, below its label; the last lines are the floors, as they range over the steps.
 
-    A cell of ours is the mean over encoders, ± the standard deviation, in brackets their number.
+    A cell of ours is the mean over seeds, ± half its 95 % interval, in brackets their number.
     """
     rows = [HEAD]
     for step in group.steps:
         name = f"`{step.recipe}`" if markdown else step.recipe
         paper = ["" if number is None else f"{number:.1f}" for number in (step.paper_top1, step.paper_fid)]
-        rows.append((name, *paper, summary(step.top1), summary(step.distance)))
+        rows.append((name, *paper, mean_cell(step.top1), mean_cell(step.distance)))
     for name, (low, high) in group.floors().items():
         value = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} ... {high:.1f}"
         rows.append((f"floor: {name}", "", "", "", value))
@@ -124,22 +125,16 @@ def path_text(group: PathGroup, markdown: bool = False) -> str:
     return "\n".join([group.label, "", *lines])
 
 
-def summary(values: list[float]) -> str:
-    """As `41.4 ±0.6 (3)`; nothing of nothing."""
-    if not values:
-        return ""
-    spread = f" ±{stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{spread} ({len(values)})"
-
-
 def _step(recipe: Recipe, probes: dict[str, ProbeResult], rows: dict[str, dict], dataset: str) -> PathStep:
     step = PathStep(recipe.name, recipe.paper.get("linear_probe_top1"), recipe.paper.get("fid"))
-    probes = {encoder: found.top1 for encoder, found in probes.items() if found.dataset == dataset}
-    both = probes.keys() & rows.keys()
-    step.top1 = [top1 for encoder, top1 in probes.items() if not both or encoder in both]
-    for encoder, row in rows.items():
-        if not both or encoder in both:
-            step.distance.append(float(row["frechet_distance"]))
-            for name, floor in row["floors"].items():
-                step.floors.setdefault(name, []).append(float(floor["frechet_distance"]))
+    probes = {encoder: found for encoder, found in probes.items() if found.dataset == dataset}
+    if both := probes.keys() & rows.keys():
+        probes, rows = ({encoder: one for encoder, one in found.items() if encoder in both} for found in (probes, rows))
+    step.top1 = [found.top1 for found in last_of_each_seed(probes).values()]
+    seeds = {encoder: (row.get("training") or {}).get("seed") for encoder, row in rows.items()}
+    last = {encoder if seeds[encoder] is None else seeds[encoder]: row for encoder, row in rows.items()}
+    for row in last.values():
+        step.distance.append(float(row["frechet_distance"]))
+        for name, floor in row["floors"].items():
+            step.floors.setdefault(name, []).append(float(floor["frechet_distance"]))
     return step

@@ -1,14 +1,12 @@
 """Recipes as text: the tree, the path, one resolved recipe, the difference of two."""
 
-import json
+from collections.abc import Mapping, Sequence
 from itertools import chain, repeat, zip_longest
-from pathlib import Path
-from statistics import mean, stdev
 from textwrap import wrap
 
 import yaml
 
-from .files import SECTIONS, RecipeError, read, read_sweep, recipe_names, sweep_members, sweep_names, tier_names
+from .files import SECTIONS, read, read_sweep, recipe_names, sweep_members, sweep_names, tier_names
 from .loader import load_recipe
 from .recipe import Recipe
 
@@ -17,20 +15,20 @@ END_OF_PATH = "l_dae"
 WIDTH = 140  # of the tree
 
 
-def tree_text(ledger: Path | None = None) -> str:
+Results = Mapping[str, Sequence[str]]  # recipe -> what was measured of it, a cell for each tier
+
+
+def tree_text(ours: Results | None = None, source: str = "") -> str:
     """The path from top to bottom, what branches off under each step, the paper's numbers beside ours; then the tiers.
 
     A sweep is one line with its members below; a member that the path goes through stands in the path instead.
 
     Args:
-        ledger: JSON lines of results (see `path_markdown`); None for no results of ours.
-
-    Raises:
-        RecipeError: a line of the ledger is no result.
-        OSError: the ledger cannot be read.
+        ours: results, as `cpu 41.4 ±0.6 (3)`, with the half of a 95 % interval over so many seeds; None for none.
+        source: where they come from, for the line below the tree.
     """
-    family = {name: load_recipe(name) for name in recipe_names()}
-    path, ours = family[END_OF_PATH].steps, _results(ledger, family)
+    family, results_of = {name: load_recipe(name) for name in recipe_names()}, ours or {}
+    path = family[END_OF_PATH].steps
     members = {sweep: [name for name in sweep_members(sweep) if name not in path] for sweep in sweep_names()}
     sweep_of = {name: sweep for sweep, names in members.items() for name in names}
     rows = [("recipe", "", "paper", "fid", ["ours"], ["change"])]
@@ -40,7 +38,7 @@ def tree_text(ledger: Path | None = None) -> str:
             paper, fid, results, changes, children = "", "", [], [read_sweep(name)["why"]], members[name]
         else:
             recipe = family[name]
-            paper, fid, results = _paper_number(recipe), str(recipe.paper.get("fid", "")), ours.get(name, [])
+            paper, fid, results = _paper_number(recipe), str(recipe.paper.get("fid", "")), results_of.get(name, [])
             changes = _changes(family[recipe.parent], recipe) if recipe.parent else [recipe.why]
             children = [other for other in family if family[other].parent == name and other not in path]
             children = list(dict.fromkeys(sweep_of.get(child, child) for child in children))
@@ -68,31 +66,20 @@ def tree_text(ledger: Path | None = None) -> str:
     lines += ["paper: ImageNet-1k linear probe, top-1 in %, clean input at timestep 10; fid: of 50,000 samples"]
     protocols = {recipe.paper["protocol"] for recipe in family.values() if "protocol" in recipe.paper}
     lines += [f"* {protocol}" for protocol in sorted(protocols)]
-    if ledger is not None:
-        lines += [f"ours: {ledger}; linear probe on the images of the tier, mean ± standard deviation (runs)"]
+    if ours is not None:
+        lines += [f"ours: {source}; linear probe on the images of the tier, mean ± half its 95 % interval (seeds)"]
     lines += ["", "tiers, for --tier:"]
     lines += _columns([(f"  {tier}", read(tier, "tier")["why"]) for tier in tier_names()])
     return "\n".join(lines)
 
 
-def path_markdown(ledger: Path | None = None) -> str:
-    """The steps of the path as a markdown table: what changes, the paper's linear probe, ours.
-
-    Args:
-        ledger: JSON lines, of which those with `task` "linear_probe" count that name a packaged `recipe`, have no
-            `overrides` and were measured as the recipe says (its timestep, clean input); the last line of an encoder
-            counts. Shown per tier: the mean `top1`, ± the standard deviation, in brackets the number of encoders.
-
-    Raises:
-        RecipeError: a line of the ledger is no result.
-        OSError: the ledger cannot be read.
-    """
+def path_markdown(ours: Results | None = None) -> str:
+    """The steps of the path as a markdown table: what changes, the paper's linear probe, ours (see [`tree_text`])."""
     path = [load_recipe(name) for name in load_recipe(END_OF_PATH).steps]
-    ours = _results(ledger, {recipe.name: recipe for recipe in path})
     lines = ["| step | changes | paper top-1 | ours |", "|---|---|---|---|"]
     for parent, recipe in zip([None, *path], path, strict=False):
         changes = ", ".join(f"`{change}`" for change in _changes(parent, recipe)) if parent else recipe.why
-        cells = (f"`{recipe.name}`", changes, _paper_number(recipe), ", ".join(ours.get(recipe.name, [])))
+        cells = (f"`{recipe.name}`", changes, _paper_number(recipe), ", ".join((ours or {}).get(recipe.name, [])))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -138,33 +125,6 @@ def _paper_number(recipe: Recipe) -> str:
     """The paper's linear probe, with a star where its protocol is another."""
     number = str(recipe.paper.get("linear_probe_top1", ""))
     return f"{number} *" if "protocol" in recipe.paper else number
-
-
-def _results(ledger: Path | None, family: dict[str, Recipe]) -> dict[str, list[str]]:
-    """What a ledger says of each recipe in `family`, tier by tier, as `cpu 41.4 ±0.6 (3)`; see `path_markdown`."""
-    measured = {}
-    lines = Path(ledger).read_bytes().splitlines() if ledger is not None else []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            recipe = family.get(row.get("recipe"))
-            if row.get("task") != "linear_probe" or recipe is None or row.get("overrides"):
-                continue
-            features = row["protocol"]["features"]
-            if (features["timestep"], features.get("noise", "clean")) == (recipe.model["feature_timestep"], "clean"):
-                encoders = measured.setdefault(recipe.name, {}).setdefault(row["tier"] or "full size", {})
-                encoders[features.get("encoder", number)] = float(row["top1"])
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise RecipeError(f"{ledger}, line {number}: not a result as `ldae probe --ledger` writes it.") from error
-    return {name: [_mean(*item) for item in sorted(tiers.items())] for name, tiers in measured.items()}
-
-
-def _mean(tier: str, encoders: dict[str, float]) -> str:
-    values = list(encoders.values())
-    spread = f" ±{stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{tier} {mean(values):.1f}{spread} ({len(values)})"
 
 
 def _scalar(value) -> str:

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 from ...recipes import load_recipe, sweep_members
 from ..intervals import t_interval
 from ..ledger import LEDGER
-from ..probe_results import ProbeResult, probe_results
+from ..probe_results import ProbeResult, last_of_each_seed, probe_results
 from .style import FONT, GREY, LINE, ONE_COLUMN, SERIES, TWO_COLUMNS, new_figure, say
 
 
@@ -62,7 +62,7 @@ def curve_panels(ledger: str | Path | None = LEDGER, tier: str | None = None) ->
     panels = [_panel("paper, ImageNet-1k", None, _paper)]
     if ledger is not None:
         members = {name: load_recipe(name) for sweep in SWEEPS for name in _members(sweep)}
-        measured = probe_results(members, ledger, tier)
+        measured = {name: last_of_each_seed(found) for name, found in probe_results(members, ledger, tier).items()}
         dataset = load_recipe("l_dae", tier).data["dataset"]
         ours = {name: [one for one in found.values() if one.dataset == dataset] for name, found in measured.items()}
         title = f"ours, {dataset} (tier {tier})" if tier else f"ours, {dataset}"

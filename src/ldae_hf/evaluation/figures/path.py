@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,9 +10,10 @@ from matplotlib.ticker import LogLocator
 
 from ...recipes import load_recipe
 from ...recipes.display import END_OF_PATH
+from ..intervals import t_interval
 from ..ledger import LEDGER
 from ..path_results import PathGroup
-from ..probe_results import probe_results
+from ..probe_results import last_of_each_seed, probe_results
 from .style import FONT, ONE_COLUMN, OUR_FILL, PAPER_FILL, SERIES, TWO_COLUMNS, new_figure, say
 
 
@@ -25,7 +26,7 @@ Numbers = list[float | None]
 
 @dataclass
 class Step:
-    """Top-1 in percent of a recipe of the path: the paper's, ours of each encoder, and that of the floors by kind."""
+    """Top-1 in percent of a recipe of the path: the paper's, ours of each seed, and that of the floors by kind."""
 
     recipe: str
     paper: float | None
@@ -48,7 +49,7 @@ def path_steps(ledger: str | Path | None = LEDGER, tier: str | None = None) -> t
     steps = []
     for name, recipe in path.items():
         step = Step(name, recipe.paper.get("linear_probe_top1"))
-        for found in measured[name].values():
+        for found in last_of_each_seed(measured[name]).values():
             if found.dataset == dataset:
                 step.ours.append(found.top1)
                 for floor, top1 in found.floors.items():
@@ -62,7 +63,7 @@ def path_steps(ledger: str | Path | None = LEDGER, tier: str | None = None) -> t
 def path_bars(steps: list[Step], ours: str) -> Figure:
     """Draws a bar for each step from the top down, from 0 on, with its number: the paper's on the left, ours beside it.
 
-    Ours are the mean over encoders, with a line of the standard deviation where there are several. Marks are floors, a
+    Ours are the mean over seeds, with a line of its 95 % interval where there are several. Marks are floors, a
     linear probe on what is no trained encoder: white within our bar, black where a floor is higher than it.
 
     Args:
@@ -79,7 +80,7 @@ def path_bars(steps: list[Step], ours: str) -> Figure:
         highest = max([*means, *(value for found in floors for value in found.values())])
         for place, numbers in enumerate(values):
             if numbers:
-                error = stdev(numbers) if len(numbers) > 1 else None
+                error = t_interval(numbers).half_width
                 bar = dict(xerr=error, color=fill, ecolor="black", error_kw=dict(linewidth=0.8))
                 axis.barh(place, mean(numbers), 0.72, **bar)
                 ends = [mean(numbers) + (error or 0) + 0.04 * highest]
