@@ -14,7 +14,7 @@ from ..patch_tokenizers import PatchPCA, Tokenizer, patchify
 from ..progress import progress_bar
 from ..training.circumstances import circumstances
 from ..training.data import ImageSource, eval_loader, load_images
-from ..training.tokenizers import tokenizer_folder
+from ..training.run_tokenizer import tokenizer_folder
 from .features import FEATURE_CACHE, extract
 from .floors import TokenizerLatents
 from .ledger import LEDGER, append_to_ledger, read_ledger

@@ -16,10 +16,11 @@ from .costs import training_flops_per_image
 from .fit_pca import fit_processor
 from .pictures import denoising_picture
 from .publishing import save_encoder
+from .run_tokenizer import check_given, tokenizer_for_run
 from .session import RunError, Session
 from .sources import ImageSource
 from .token_cache import TokenCache, cache_tokens, check_cacheable
-from .tokenizers import check_given, check_trainable, tokenizer_for_run
+from .tokenizers import check_trainable
 
 
 # Of a run, which its tokenizer's training shares.
