@@ -27,7 +27,7 @@ import torch
 from PIL import Image, features
 from torch.utils.data import DataLoader
 
-from ldae_hf.image_processing_ldae import centre_box, read_image, resize_crop
+from ldae_hf.images import centre_box, read_image, resize_crop
 from ldae_hf.training.data import ImageSource, load_images, train_loader
 from ldae_hf.training.sampling import (
     Corruption,

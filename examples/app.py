@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 
 from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel
 from ldae_hf.configuration_ldae import CONVOLUTIONAL_TOKENIZERS
-from ldae_hf.image_processing_ldae import read_image
+from ldae_hf.images import read_image
 from ldae_hf.patch_tokenizers import patchify, unpatchify
 
 

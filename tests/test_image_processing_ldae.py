@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from transformers import AutoImageProcessor, AutoProcessor, pipeline
 
 from ldae_hf import LDAEConfig, LDAEImageProcessor, LDAEModel
-from ldae_hf.image_processing_ldae import centre_box, read_image, resize_crop, to_rgb
+from ldae_hf.images import centre_box, read_image, resize_crop, to_rgb
 from ldae_hf.patch_covariance import PatchCovariance
 from ldae_hf.patch_tokenizers import PatchPCA, dct_basis, patchify
 

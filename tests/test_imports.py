@@ -18,8 +18,9 @@ PACKAGE = Path(ldae_hf.__file__).parent
 
 # Room (a module or a folder of the package) -> the rooms below it. "ldae_hf" is the package itself: its public names.
 LEAVES = {"configuration_ldae", "noise_schedules", "patch_tokenizers", "patch_covariance"}
+IMAGES = {"images"}
 PARTS = {"layers_ldae", "loading_ldae", "prediction_targets"}
-MODELS = LEAVES | PARTS | {"modeling_ldae", "image_processing_ldae", "backbone_ldae"}
+MODELS = LEAVES | PARTS | IMAGES | {"modeling_ldae", "image_processing_ldae", "backbone_ldae"}
 BESIDE_THE_MODELS = {"scheduling_ldae", "latent_tokenizers", "pipeline_ldae"}  # they need diffusers
 FOLDERS = {"manifest", "golden"}  # what makes a folder checkable
 HUB = {"hub", "hub_names", "patience"}  # what touches the network
@@ -37,7 +38,8 @@ MAY_IMPORT = {
     "prediction_targets": {"configuration_ldae", "noise_schedules", "patch_tokenizers"},
     "modeling_ldae": LEAVES | PARTS,
     "backbone_ldae": LEAVES | PARTS | {"modeling_ldae"},
-    "image_processing_ldae": LEAVES,
+    "images": set(),
+    "image_processing_ldae": LEAVES | IMAGES,
     "scheduling_ldae": {"configuration_ldae", "noise_schedules"},
     "latent_tokenizers": {"configuration_ldae", "patch_tokenizers"},
     "pipeline_ldae": MODELS | {"scheduling_ldae", "latent_tokenizers"},

@@ -24,6 +24,7 @@ MODULES = (
     "backbone_ldae",
     "configuration_ldae",
     "image_processing_ldae",
+    "images",
     "layers_ldae",
     "loading_ldae",
     "modeling_ldae",

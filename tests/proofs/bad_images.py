@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from ldae_hf.image_processing_ldae import read_image
+from ldae_hf.images import read_image
 from ldae_hf.training.data import eval_loader, load_images, train_loader
 from ldae_hf.training.data_check import LEFT_OUT, UNUSABLE, check_images
 from ldae_hf.training.sampling import Crop

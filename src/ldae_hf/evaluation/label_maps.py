@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ..image_processing_ldae import centre_box, resize_crop
+from ..images import centre_box, resize_crop
 from ..training.data import ImageSource, load_images
 from ..training.sources import MAX_PIXELS, BadImageError, open_dataset
 from ..training.workers import shield_from_signals

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..image_processing_ldae import centre_box, resize_crop
+from ..images import centre_box, resize_crop
 from ..training.data import ImageSource
 from ..training.pictures import mosaic
 from .features import Features

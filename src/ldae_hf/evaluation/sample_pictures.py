@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..image_processing_ldae import centre_box, read_image, resize_crop
+from ..images import centre_box, read_image, resize_crop
 from ..noise_schedules import NoiseSchedule
 from ..pipeline_ldae import LDAEPipeline
 from ..training import load_images

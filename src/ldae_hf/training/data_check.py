@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .. import __version__
-from ..image_processing_ldae import read_image
+from ..images import read_image
 from ..manifest import write_text
 from ..progress import progress_bar
 from .jpeg_damage import jpeg_damage

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from ..image_processing_ldae import LDAEImageProcessor, centre_box, resize_crop
+from ..image_processing_ldae import LDAEImageProcessor
+from ..images import centre_box, resize_crop
 from ..modeling_ldae import LDAEForPreTraining
 from ..noise_schedules import NoiseSchedule
 from .data import eval_loader

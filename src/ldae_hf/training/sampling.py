@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Sampler, default_collate
 
-from ..image_processing_ldae import centre_box, resize_crop
+from ..images import centre_box, resize_crop
 
 
 _PURPOSES = ("order", "crop", "timestep", "noise", "shards", "buffer", "label", "label_dropout", "augmentation")

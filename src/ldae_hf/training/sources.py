@@ -12,13 +12,12 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from ..image_processing_ldae import read_image
+from ..images import IMAGE_COLUMNS, read_image
 from .hub_access import patiently
 from .quarantine import Quarantine, digest, leave_out
 from .tar_files import tolerate_bad_members
 
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "img", "webp")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
 MAX_PIXELS = 89_478_485  # from here Pillow warns of a decompression bomb
 MAX_TRIES = 100  # unreadable images in a row, before this is taken for a fault of the data set
