@@ -97,7 +97,7 @@ class Rounds:
                 image_size=config.image_size,
                 num_timesteps=config.num_noise_levels,
                 tokens_shape=(config.num_patches, config.latent_dim),
-                timesteps_shape=config.timesteps_shape,
+                timestep_block=config.timestep_block,
                 global_batch_size=self.args.batch,
                 micro_batch_size=self.args.batch,
                 num_steps=self.args.repeats + 1,

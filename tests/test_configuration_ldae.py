@@ -67,6 +67,7 @@ VARIANTS = [
     {"num_labels": 7, "processor_fingerprint": "ab" * 32, "feature_timestep": 0, "num_train_timesteps": 20},
     {"tokenizer": "pixels", "latent_dim": 768, "sigma_max": 6.5},
     {"timestep_scope": "token", "image_size": 32},
+    {"timestep_scope": "block", "decoder_hidden_size": 512, "decoder_num_hidden_layers": 48},
     {"tokenizer": "random_projection", "noise_schedule": "linear_gamma_squared", "loss_weighting": "snr"},
     {
         "tokenizer": "vqgan",
@@ -213,6 +214,13 @@ CONTRADICTIONS = [
         {"noise_schedule": "single_level", "timestep_scope": "token"},
         "timestep_scope='token' draws a noise level for each token, but noise_schedule='single_level' has one",
     ),
+    (
+        {"timestep_scope": "block", "image_size": 240},
+        "timestep_scope='block' needs a multiple of 2 patches a side, but image_size=240 and patch_size=16 make 15.",
+    ),
+    ({"decoder_hidden_size": 0}, "decoder_hidden_size=0 must be positive, or None."),
+    ({"decoder_hidden_size": 96}, "decoder_hidden_size=96 must be a multiple of a head's 64."),
+    ({"decoder_hidden_size": 2**17}, "decoder_hidden_size=131072 is more than 65536, the largest that is taken."),
     ({"loss_weighting": "snr"}, "loss_weighting='snr' weights clean targets by gamma² / sigma²: it goes neither with"),
     (
         {"loss_weighting": "snr", "noise_schedule": "interpolative"},
@@ -305,7 +313,7 @@ def test_a_configuration_that_was_spoilt_after_its_check_builds_no_model():
 # -- sizes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [size for size in SIZES if not size.endswith("_deep_narrow")])
 def test_the_decoder_of_every_size_is_as_large_as_its_encoder(size):
     config = LDAEConfig(**SIZES[size])
     assert config.decoder_num_hidden_layers == config.num_hidden_layers

@@ -154,14 +154,14 @@ def test_order_crop_timestep_and_noise_change_with_epoch_and_seed():
 
 
 def test_the_timesteps_of_tokens_are_a_function_of_seed_epoch_and_sample_and_move_nothing_else():
-    of_image, of_tokens = Corruption(1000, (4, 6), 3), Corruption(1000, (4, 6), 3, (4,))
+    of_image, of_tokens = Corruption(1000, (4, 6), 3), Corruption(1000, (4, 6), 3, 1)
     (timestep, noise), (timesteps, same_noise) = of_image(2, 7), of_tokens(2, 7)
     assert timestep == random_generator(3, "timestep", 2, 7).integers(1000)
     assert timesteps.shape == (4,) and len(set(timesteps.tolist())) > 1
     assert np.array_equal(noise, same_noise) and np.array_equal(timesteps, of_tokens(2, 7)[0])
-    for other in (of_tokens(3, 7), of_tokens(2, 8), Corruption(1000, (4, 6), 4, (4,))(2, 7)):
+    for other in (of_tokens(3, 7), of_tokens(2, 8), Corruption(1000, (4, 6), 4, 1)(2, 7)):
         assert not np.array_equal(timesteps, other[0])
-    drawn = np.stack([Corruption(10, (16, 8), 1, (16,))(0, sample)[0] for sample in range(500)])
+    drawn = np.stack([Corruption(10, (16, 8), 1, 1)(0, sample)[0] for sample in range(500)])
     counts = np.bincount(drawn.flatten(), minlength=10)
     assert len(counts) == 10 and counts.min() > 700 and counts.max() < 900
 

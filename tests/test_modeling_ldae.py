@@ -632,7 +632,7 @@ def test_the_timestep_of_a_token_reaches_it_in_every_block(pretraining, pixel_va
 
 
 def test_the_scope_says_for_what_timesteps_are_drawn(processor, pixel_values):
-    for scope, shape in (("image", (3,)), ("token", (3, N))):
+    for scope, shape in (("image", (3,)), ("block", (3, N)), ("token", (3, N))):
         model = build(processor=processor, timestep_scope=scope)
         assert model(pixel_values).timesteps.shape == shape == (3, *model.config.timesteps_shape)
         assert model(pixel_values, timesteps=7).timesteps.tolist() == [7, 7, 7]

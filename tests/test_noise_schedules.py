@@ -214,10 +214,24 @@ def test_noise_is_added_to_each_token_at_its_own_level_where_tokens_have_timeste
 
 def test_the_drawn_timesteps_of_tokens_are_uniform_and_independent():
     torch.manual_seed(0)
-    timesteps, _ = NoiseSchedule("linear_sigma", 5, timestep_scope="token").sample(torch.zeros(20_000, 2, 3))
+    timesteps, _ = NoiseSchedule("linear_sigma", 5, timestep_block=1).sample(torch.zeros(20_000, 2, 3))
     assert timesteps.shape == (20_000, 2)
     pairs = torch.bincount(5 * timesteps[:, 0] + timesteps[:, 1], minlength=25) / 20_000
     torch.testing.assert_close(pairs, torch.full((25,), 0.04), rtol=0, atol=0.006)
+
+
+def test_the_tokens_of_a_block_share_a_timestep_and_blocks_are_independent():
+    torch.manual_seed(0)
+    schedule = NoiseSchedule("linear_sigma", 5, timestep_block=2)
+    timesteps, _ = schedule.sample(torch.zeros(5_000, 16, 3))
+    blocks = timesteps.reshape(-1, 2, 2, 2, 2).transpose(2, 3).reshape(-1, 4, 4)  # (B, blocks, their tokens)
+    assert (blocks == blocks[..., :1]).all()
+    pairs = torch.bincount(5 * blocks[:, 0, 0] + blocks[:, 3, 0], minlength=25) / 5_000
+    torch.testing.assert_close(pairs, torch.full((25,), 0.04), rtol=0, atol=0.012)
+    for tokens in (torch.zeros(2, 9, 3), torch.zeros(2, 8, 3)):
+        with pytest.raises(ValueError, match="tokens are no square of 2x2 blocks; give the timesteps"):
+            schedule.sample(tokens)
+        assert schedule.sample(tokens, timesteps=1)[0].tolist() == [1, 1]
 
 
 def test_drawn_timesteps_are_uniform_over_all_levels_and_drawn_noise_is_standard_normal():

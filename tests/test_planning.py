@@ -110,10 +110,12 @@ def test_a_device_that_is_misspelt_is_an_error_that_names_the_nearest():
         {"input_space": "latent", "prediction_target": "noise"},
         {"timestep_scope": "token"},
         {"timestep_scope": "token", "conditioning_hidden_size": None},
+        SIZES["desk_half_l_deep_narrow"],
+        {**SIZES["desk_half_l_deep_narrow"], "timestep_scope": "block"},
     ],
 )
 def test_the_flops_of_an_image_are_those_that_torch_counts_forward_and_in_training(keys):
-    config = LDAEConfig(**SIZES["desk_half_l"], image_size=128, **keys)
+    config = LDAEConfig(**SIZES["desk_half_l"] | dict(image_size=128) | keys)
     model = AutoModelForPreTraining.from_config(config, attn_implementation="eager")
     with FlopCounterMode(display=False) as forward:
         loss = model(torch.zeros(2, 3, 128, 128), noise=torch.zeros(2, 64, 32)).loss
@@ -144,6 +146,20 @@ def test_the_parameters_are_those_of_the_model_that_is_trained():
     found = count_parameters(SMALL)
     assert found.total == sum(parameter.numel() for parameter in model.parameters())
     assert found.block == sum(parameter.numel() for parameter in model.decoder.layers[0].parameters())
+    narrow = LDAEConfig(**SIZES["desk_half_l_deep_narrow"])
+    model, found = AutoModelForPreTraining.from_config(narrow), count_parameters(narrow)
+    layers = [*model.ldae.layers, *model.decoder.layers]
+    assert found.blocks == sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    assert found.block * len(model.ldae.layers) != found.blocks / 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_decoder_of_another_width_is_estimated_to_five_percent(checkpointing):
+    config = LDAEConfig(**SIZES["desk_half_l_deep_narrow"], image_size=128)
+    expected = 4 * activation_bytes(config, "no", "sdpa", "cpu", checkpointing)
+    if checkpointing:
+        expected -= 4 * block_bytes(config, "no", "sdpa", "cpu")
+    assert kept_by_autograd(config, "no", "sdpa", "cpu", checkpointing, 4) == pytest.approx(expected, rel=0.05)
 
 
 def test_a_convolutional_tokenizer_adds_flops_and_a_patch_wise_one_none():
@@ -204,7 +220,7 @@ def test_activations_are_estimated_to_five_percent(
     assert kept_by_autograd(*settings, checkpointing, batch_size) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("scope", ["image", "token"])
+@pytest.mark.parametrize("scope", ["image", "block", "token"])
 def test_another_target_space_and_conditioning_are_estimated_to_five_percent(scope):
     config = LDAEConfig(
         **SIZES["desk_b"],

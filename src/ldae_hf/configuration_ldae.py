@@ -11,8 +11,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
-# Width, blocks of encoder and decoder, heads. The decoder always has the encoder's size. "half_l" is the paper's
-# ViT-1/2L: the first 12 of DiT-L's 24 blocks are its encoder (section 4). The others are for desks, not in the paper.
+# Width, blocks of encoder and decoder, heads. The decoder has the encoder's size. "half_l" is the paper's ViT-1/2L: the
+# first 12 of DiT-L's 24 blocks are its encoder (section 4). The others are for desks, not in the paper.
 SIZES = {
     name: dict(hidden_size=width, num_hidden_layers=blocks, decoder_num_hidden_layers=blocks, num_attention_heads=heads)
     for name, width, blocks, heads in (
@@ -30,6 +30,13 @@ SIZES = {
         ("quickstart", 128, 2, 4),
     )
 }
+# A variant that the paper lacks: a decoder of half the width and four times the blocks, as many FLOPs in its layers.
+SIZES |= {
+    f"{name}_deep_narrow": size
+    | dict(decoder_hidden_size=size["hidden_size"] // 2, decoder_num_hidden_layers=4 * size["num_hidden_layers"])
+    for name, size in SIZES.items()
+    if name.endswith("half_l")
+}
 
 # The four keys of the path, each with its values in the order in which the paper takes them. `random_projection` and
 # `snr_matched_sigma` are controls that the paper does not have, `interpolative` is a variant of later work.
@@ -46,7 +53,8 @@ PREDICTION_TARGETS = ("noise", "latent", "reconstruction", "image")
 LATENT_SCALINGS = ("global", "whiten", "none")
 LOSS_WEIGHTINGS = ("signal_share", "snr")
 SIGMA_MAX = 2**0.5  # of `linear_sigma` in the paper
-TIMESTEP_SCOPES = {"image": 1, "token": 2}  # how many axes of tokens (B,N,K) have a timestep for each entry
+# What has a timestep of its own: how many patches of it lie side by side, None for all of the image.
+TIMESTEP_SCOPES = {"image": None, "block": 2, "token": 1}
 
 # (input_space, prediction_target) -> the tokenizers for which the pair is defined. Every noise schedule goes with
 # every row. A network that sees latents answers in latents; the image input and image targets need orthonormal
@@ -65,7 +73,8 @@ LEGAL_COMBINATIONS = {
 LARGEST = {
     "hidden_size": 2**16,
     "num_hidden_layers": 2**8,
-    "decoder_num_hidden_layers": 2**8,
+    "decoder_num_hidden_layers": 2**10,
+    "decoder_hidden_size": 2**16,
     "num_channels": 2**10,
     "mlp_ratio": 2**10,
     "conditioning_hidden_size": 2**20,
@@ -96,6 +105,8 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_size (`int`): width D of the transformer, a multiple of 4 and of `num_attention_heads`.
         num_hidden_layers (`int`): blocks of the encoder.
         decoder_num_hidden_layers (`int`): blocks of the decoder (the paper: as many as the encoder).
+        decoder_hidden_size (`int` or `None`): width of the decoder, a multiple of the width of a head; `None` (the
+            paper) is the encoder's.
         num_attention_heads (`int`): attention heads.
         mlp_ratio (`float`): width of a block's MLP over `hidden_size`.
         hidden_act (`str`): activation of the MLPs, one of transformers' names.
@@ -109,7 +120,8 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         tokenizer (`str`): image to tokens and back, one of `TOKENIZERS`.
         noise_schedule (`str`): the (gamma_t, sigma_t) table, one of `NOISE_SCHEDULES` (Eq. 1).
         sigma_max (`float`): the largest sigma of `linear_sigma`; the others have none to choose.
-        timestep_scope (`str`): what training draws a timestep for, each `"image"` (the paper) or each `"token"`.
+        timestep_scope (`str`): what training draws a timestep for: each `"image"` (the paper), each `"block"` of 2x2
+            patches, or each `"token"`.
         input_space (`str`): `"latent"` (noisy latents) or `"pixel"` (the image they decode to).
         prediction_target (`str`): `"noise"`, `"latent"`, `"reconstruction"` or `"image"` (Eq. 4).
         latent_dim (`int`): K, latent values per token, in 1 ... patch_size² · num_channels.
@@ -137,6 +149,7 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_size: int = 1024
     num_hidden_layers: int = 12
     decoder_num_hidden_layers: int = 12
+    decoder_hidden_size: int | None = None
     num_attention_heads: int = 16
     mlp_ratio: float | int = 4
     hidden_act: str = "gelu_pytorch_tanh"
@@ -233,14 +246,24 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         return int(self.hidden_size * self.mlp_ratio)
 
     @property
+    def decoder_width(self) -> int:
+        """Width of the decoder's blocks."""
+        return self.decoder_hidden_size or self.hidden_size
+
+    @property
     def num_noise_levels(self) -> int:
         """Length of the noise schedule's table: timesteps run from 0 to this minus 1."""
         return 1 if self.noise_schedule == "single_level" else self.num_train_timesteps
 
     @property
+    def timestep_block(self) -> int | None:
+        """Side, in patches, of the squares that training draws a timestep for; None for the whole image."""
+        return TIMESTEP_SCOPES[self.timestep_scope]
+
+    @property
     def timesteps_shape(self) -> tuple[int, ...]:
-        """Of the timesteps that training draws for an image: () for one, (N,) for one a token."""
-        return () if self.timestep_scope == "image" else (self.num_patches,)
+        """Of an image's timesteps in training: () for one, (N,) for one a token, whichever tokens share theirs."""
+        return () if self.timestep_block is None else (self.num_patches,)
 
     def _check_transformers_keys(self, num_labels=None, quantization_config=None, **others):
         """What transformers uses before, or without, looking at it."""
@@ -296,6 +319,8 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{key}={getattr(self, key)} must lie in 0 ... 1.")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be positive, or None for no class labels.")
+        if self.decoder_hidden_size is not None and self.decoder_hidden_size < 1:
+            raise ValueError(f"decoder_hidden_size={self.decoder_hidden_size} must be positive, or None.")
         hidden = self.conditioning_hidden_size
         if isinstance(hidden, str) or (hidden is not None and hidden <= 0):
             raise ValueError(f"conditioning_hidden_size={hidden!r} must be a positive integer, None or 'quarter'.")
@@ -309,6 +334,9 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be a multiple of 4 (2-D positions) and of "
                 f"num_attention_heads={self.num_attention_heads}."
             )
+        head = self.hidden_size // self.num_attention_heads
+        if self.decoder_width % head:
+            raise ValueError(f"decoder_hidden_size={self.decoder_hidden_size} must be a multiple of a head's {head}.")
         if self.intermediate_size < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves no MLP at hidden_size={self.hidden_size}.")
         if self.patch_dim > LARGEST_PATCH_DIM:
@@ -345,10 +373,16 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"sigma_max={self.sigma_max} is for noise_schedule='linear_sigma' only; "
                 f"{self.noise_schedule!r} has its own largest sigma."
             )
-        if self.timestep_scope == "token" and self.noise_schedule == "single_level":
+        if self.timestep_scope != "image" and self.noise_schedule == "single_level":
             raise ValueError(
-                "timestep_scope='token' draws a noise level for each token, but noise_schedule='single_level' has one "
-                "for all; leave timestep_scope='image'."
+                f"timestep_scope={self.timestep_scope!r} draws a noise level for each {self.timestep_scope}, but "
+                "noise_schedule='single_level' has one for all; leave timestep_scope='image'."
+            )
+        if self.image_size // self.patch_size % (self.timestep_block or 1):
+            raise ValueError(
+                f"timestep_scope={self.timestep_scope!r} needs a multiple of {self.timestep_block} patches a side, but "
+                f"image_size={self.image_size} and patch_size={self.patch_size} make "
+                f"{self.image_size // self.patch_size}."
             )
         if self.loss_weighting == "snr" and (
             self.prediction_target == "noise" or self.noise_schedule in STARTING_WITHOUT_NOISE

@@ -113,13 +113,14 @@ class NoLabels(nn.Module):
             raise ValueError("This model has no class labels (num_classes=None); leave `labels` out.")
 
 
-def modulation_mlp(config: LDAEConfig, num_chunks: int) -> nn.Sequential:
-    """The condition -> `num_chunks` shifts, scales and gates of width D. The last layer starts at zero (adaLN-Zero)."""
-    width, hidden = config.hidden_size, config.conditioning_hidden_size
-    last = linear(hidden or width, num_chunks * width, initial_std=0)
+def modulation_mlp(config: LDAEConfig, num_chunks: int, width: int) -> nn.Sequential:
+    """The condition (B,·,D) -> `num_chunks` shifts, scales and gates of the width of what they modulate. The last layer
+    starts at zero (adaLN-Zero)."""
+    hidden = config.conditioning_hidden_size
+    last = linear(hidden or config.hidden_size, num_chunks * width, initial_std=0)
     if hidden is None:  # DiT
         return nn.Sequential(nn.SiLU(), last)
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), last)  # Appendix A
+    return nn.Sequential(nn.Linear(config.hidden_size, hidden), nn.SiLU(), last)  # Appendix A
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
@@ -144,13 +145,13 @@ class LDAEAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: LDAEConfig):
+    def __init__(self, config: LDAEConfig, width: int):
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, _ = hidden_states.shape
@@ -162,11 +163,12 @@ class LDAEAttention(nn.Module):
 
 
 class LDAEMLP(nn.Module):
-    def __init__(self, config: LDAEConfig):
+    def __init__(self, config: LDAEConfig, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        inner = int(width * config.mlp_ratio)
+        self.fc1 = nn.Linear(width, inner)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(inner, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(self.fc1(hidden_states)))
@@ -175,12 +177,12 @@ class LDAEMLP(nn.Module):
 class LDAELayer(GradientCheckpointingLayer):
     """A ViT block whose norms and residual gates are set by the condition (adaLN-Zero of DiT)."""
 
-    def __init__(self, config: LDAEConfig):
+    def __init__(self, config: LDAEConfig, width: int):
         super().__init__()
         self.eps = config.layer_norm_eps
-        self.modulation = modulation_mlp(config, 6)
-        self.attention = LDAEAttention(config)
-        self.mlp = LDAEMLP(config)
+        self.modulation = modulation_mlp(config, 6, width)
+        self.attention = LDAEAttention(config, width)
+        self.mlp = LDAEMLP(config, width)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6, dim=-1)
@@ -191,16 +193,21 @@ class LDAELayer(GradientCheckpointingLayer):
 
 
 class LDAEDecoder(nn.Module):
-    """The second half of the blocks, a modulated norm, and a linear layer to `output_dim` values per token."""
+    """The second half of the blocks, a modulated norm, and a linear layer to `output_dim` values per token.
+
+    Before them, where the decoder has a width of its own, a linear layer from the encoder's to that.
+    """
 
     def __init__(self, config: LDAEConfig, output_dim: int):
         super().__init__()
-        self.eps = config.layer_norm_eps
-        self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.decoder_num_hidden_layers)])
-        self.modulation = modulation_mlp(config, 2)
-        self.head = linear(config.hidden_size, output_dim, initial_std=0)
+        self.eps, width = config.layer_norm_eps, config.decoder_width
+        self.embedding = nn.Identity() if width == config.hidden_size else nn.Linear(config.hidden_size, width)
+        self.layers = nn.ModuleList([LDAELayer(config, width) for _ in range(config.decoder_num_hidden_layers)])
+        self.modulation = modulation_mlp(config, 2, width)
+        self.head = linear(width, output_dim, initial_std=0)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.embedding(hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, conditioning)
         shift, scale = self.modulation(conditioning).chunk(2, dim=-1)

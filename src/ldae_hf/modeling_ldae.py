@@ -208,7 +208,7 @@ class LDAEModel(LDAEPreTrainedModel):
         tokenizer = TOKENIZERS[config.tokenizer]
         self.tokenizer = tokenizer(config.patch_size, config.num_channels, config.latent_dim, config.latent_scaling)
         self.schedule = NoiseSchedule(
-            config.noise_schedule, config.num_train_timesteps, config.sigma_max, config.timestep_scope
+            config.noise_schedule, config.num_train_timesteps, config.sigma_max, config.timestep_block
         )
         self.network_input = NETWORK_INPUTS[config.input_space]
         input_dim = config.latent_dim if config.input_space == "latent" else config.patch_dim
@@ -216,7 +216,7 @@ class LDAEModel(LDAEPreTrainedModel):
         self.register_buffer("position_embeddings", sincos_positions(config.hidden_size, self.grid))
         self.timestep_embedding = LDAETimestepEmbedding(config)
         self.label_embedding = NoLabels() if config.num_classes is None else LDAELabelEmbedding(config)
-        self.layers = nn.ModuleList([LDAELayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([LDAELayer(config, config.hidden_size) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -3,10 +3,12 @@
 z_t = gamma_t · z_0 + sigma_t · noise (Eq. 1), t = 0 ... T-1. Torch only.
 """
 
+import math
+
 import torch
 from torch import nn
 
-from .configuration_ldae import SIGMA_MAX, TIMESTEP_SCOPES
+from .configuration_ldae import SIGMA_MAX
 
 
 def ddpm_linear(num_train_timesteps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,16 +105,16 @@ class NoiseSchedule(nn.Module):
     The tables are persistent buffers, kept in fp32 whatever the model's dtype and filled by the model's
     `_init_weights`: a model that is built on the meta device would otherwise come back with empty memory in them.
 
-    Timesteps are (B,), one for each image, or (B,N), one for each token, wherever they are given; `timestep_scope` says
-    which of the two are drawn where none are.
+    Timesteps are (B,), one for each image, or (B,N), one for each token, wherever they are given. Where none are,
+    squares of `timestep_block` x `timestep_block` patches draw one together, or with None all of an image.
     """
 
     def __init__(
-        self, name: str, num_train_timesteps: int, sigma_max: float = SIGMA_MAX, timestep_scope: str = "image"
+        self, name: str, num_train_timesteps: int, sigma_max: float = SIGMA_MAX, timestep_block: int | None = None
     ):
         super().__init__()
         self.name, self.num_train_timesteps, self.sigma_max = name, num_train_timesteps, sigma_max
-        self.axes_with_timesteps = TIMESTEP_SCOPES[timestep_scope]
+        self.timestep_block = timestep_block
         gammas, sigmas = self.tables()
         self.register_buffer("gammas", gammas)
         self.register_buffer("sigmas", sigmas)
@@ -163,12 +165,26 @@ class NoiseSchedule(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Timesteps (B,) or (B,N), uniform, and noise (B,N,K), standard normal; what is given is not drawn."""
         if timesteps is None:
-            timesteps = torch.randint(len(self), tokens.shape[: self.axes_with_timesteps], device=tokens.device)
+            timesteps = self.draw(*tokens.shape[:2], tokens.device)
         else:
             timesteps = self.as_timesteps(timesteps, tokens.device, *tokens.shape[:2])
             timesteps = timesteps.expand(tokens.shape[: timesteps.ndim])
         noise = torch.randn_like(tokens) if noise is None else noise.to(tokens)
         return timesteps, noise
+
+    def draw(self, batch_size: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """Uniform timesteps, (B,), or (B,N) of a square grid of tokens.
+
+        Raises:
+            ValueError: squares of patches share a timestep, and the grid is none of such squares.
+        """
+        block, side = self.timestep_block, math.isqrt(num_tokens)
+        if block is None or block == 1:
+            return torch.randint(len(self), (batch_size, num_tokens)[: 1 if block is None else 2], device=device)
+        if side**2 != num_tokens or side % block:
+            raise ValueError(f"{num_tokens} tokens are no square of {block}x{block} blocks; give the timesteps.")
+        drawn = torch.randint(len(self), (batch_size, side // block, side // block), device=device)
+        return drawn.repeat_interleave(block, 1).repeat_interleave(block, 2).flatten(1)
 
     def levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """gamma_t and sigma_t, each (B,1,1), or (B,N,1) of timesteps (B,N)."""

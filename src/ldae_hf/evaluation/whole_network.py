@@ -53,8 +53,17 @@ def load_stack(source: str | Path) -> Stack:
 
 def whole_network(model: LDAEForPreTraining) -> LDAEModel:
     """The encoder with the decoder's blocks after its own, as one encoder: its block k is the network's block k. All
-    blocks are of one kind, under one condition. The encoder of the given model is what is changed."""
+    blocks are of one kind, under one condition. The encoder of the given model is what is changed.
+
+    Raises:
+        ValueError: the decoder's blocks have another width.
+    """
     encoder = model.ldae
+    if encoder.config.decoder_width != encoder.config.hidden_size:
+        raise ValueError(
+            f"The decoder is {encoder.config.decoder_width} wide and the encoder {encoder.config.hidden_size}: its "
+            "blocks do not go on in the same features; sweep the encoder alone, with `ldae sweep layers`."
+        )
     encoder.layers.extend(model.decoder.layers)
     encoder.config.num_hidden_layers = len(encoder.layers)
     return encoder

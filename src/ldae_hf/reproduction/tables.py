@@ -216,7 +216,8 @@ def _noise_grid(tier: str | None) -> Experiment:
 
 
 def _variants(tier: str | None) -> Experiment:
-    rows = [_of(END_OF_PATH), _of("token_noise_levels", END_OF_PATH), _of("interpolative_noise", END_OF_PATH)]
+    names = ("token_noise_levels", "block_noise_levels", "interpolative_noise", "deep_narrow_decoder")
+    rows = [_of(END_OF_PATH), *(_of(name, END_OF_PATH) for name in names)]
     return Experiment("", "Variants of the final method, with the same budget", tuple(rows))
 
 

@@ -13,11 +13,13 @@ from ..recipes import Recipe
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are: of `encoder` and `decoder`, of one `block`, and those in `matrices`, which bf16 copies."""
+    """How many there are: of `encoder` and `decoder`, of one `block` of the encoder, in all `blocks`, and those in
+    `matrices`, which bf16 copies."""
 
     encoder: int
     decoder: int
     block: int
+    blocks: int
     matrices: int
 
     @property
@@ -29,12 +31,12 @@ def count_parameters(config: LDAEConfig) -> Parameters:
     """Counts those of the real model, which is built without memory for them."""
     with torch.device("meta"):
         model = AutoModelForPreTraining.from_config(config)
-    encoder, decoder, block = (
+    encoder, decoder, block, *blocks = (
         sum(parameter.numel() for parameter in module.parameters())
-        for module in (model.ldae, model.decoder, model.ldae.layers[0])
+        for module in (model.ldae, model.decoder, model.ldae.layers[0], model.ldae.layers, model.decoder.layers)
     )
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
-    return Parameters(encoder, decoder, block, matrices)
+    return Parameters(encoder, decoder, block, sum(blocks), matrices)
 
 
 # ---- FLOPs
@@ -53,21 +55,27 @@ def forward_flops_per_image(config: LDAEConfig) -> float:
     The MLPs on an image's timestep, the tokenizer and all elementwise work are left out, so that the number is a model
     property and MFU is honest. Where each token has its own timestep, its MLPs are as large as a block and counted.
     """
-    width, tokens = config.hidden_size, config.num_patches
-    linear = width * (4 * width + 2 * config.intermediate_size)  # qkv, projection and MLP, multiply-adds per token
-    attention = 2 * tokens * width  # Q Kᵀ and the weighted sum
-    blocks = (config.num_hidden_layers + config.decoder_num_hidden_layers) * (linear + attention)
+    tokens, (shown, answered) = config.num_patches, ends(config)
+
+    def blocks(count: int, width: int) -> int:  # multiply-adds per token
+        linear = width * (4 * width + 2 * int(width * config.mlp_ratio))  # qkv, projection and MLP
+        return count * (linear + 2 * tokens * width)  # Q Kᵀ and the weighted sum
+
+    encoder, decoder = config.hidden_size, config.decoder_width
+    network = blocks(config.num_hidden_layers, encoder) + blocks(config.decoder_num_hidden_layers, decoder)
+    network += encoder * shown + decoder * answered + (encoder * decoder if decoder != encoder else 0)
     timesteps = sum(config.timesteps_shape)  # N of (N,), none of ()
-    return 2 * (tokens * (blocks + width * sum(ends(config))) + timesteps * conditioning_multiply_adds(config))
+    return 2 * (tokens * network + timesteps * conditioning_multiply_adds(config))
 
 
 def conditioning_multiply_adds(config: LDAEConfig) -> int:
     """Of one timestep: its embedding and the MLP of every block and of the decoder's last norm."""
-    width, hidden = config.hidden_size, config.conditioning_hidden_size
-    blocks = config.num_hidden_layers + config.decoder_num_hidden_layers
+    width, hidden, decoder = config.hidden_size, config.conditioning_hidden_size, config.decoder_width
     embedding = width * (LDAETimestepEmbedding.num_frequencies + width)
-    first = 0 if hidden is None else (blocks + 1) * width * hidden
-    return embedding + first + (hidden or width) * width * (6 * blocks + 2)
+    mlps = config.num_hidden_layers + config.decoder_num_hidden_layers + 1
+    first = 0 if hidden is None else mlps * width * hidden
+    modulated = 6 * config.num_hidden_layers * width + (6 * config.decoder_num_hidden_layers + 2) * decoder
+    return embedding + first + (hidden or width) * modulated
 
 
 def training_flops_per_image(config: LDAEConfig) -> float:

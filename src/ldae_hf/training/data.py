@@ -103,7 +103,7 @@ def train_loader(
     state: dict | None = None,
     label_dropout: float | None = None,
     cached_tokens: Dataset | None = None,
-    timesteps_shape: tuple[int, ...] = (),
+    timestep_block: int | None = None,
 ) -> DataLoader | StreamingLoader:
     """Micro-batches of one process for the global steps `start_step` ... `num_steps` - 1, across epochs.
 
@@ -123,7 +123,7 @@ def train_loader(
         shuffle_buffer: rows that a stream shuffles together.
         label_dropout: share of the labels to drop; batches then hold `dropped_labels` (B,) bool.
         cached_tokens: a [`TokenCache`] of these images; batches then hold `tokens` (B,N,K) in place of pixels.
-        timesteps_shape: of a sample's timesteps, () for one, (N,) for one a token.
+        timestep_block: None for one timestep a sample; else one a token, shared in squares of so many a side.
 
     Raises:
         ValueError: an argument is out of range, the data set is smaller than a global batch, the global batch does not
@@ -131,7 +131,7 @@ def train_loader(
     """
     make = SampleMaker(
         Crop(image_size, crop, tuple(crop_scale), flip, seed),
-        Corruption(num_timesteps, tuple(tokens_shape), seed, tuple(timesteps_shape)),
+        Corruption(num_timesteps, tuple(tokens_shape), seed, timestep_block),
         None if label_dropout is None else LabelDropout(label_dropout, seed),
     )
     if not source.streaming:

@@ -47,7 +47,7 @@ class Denoising:
         self.draws = dict(
             num_timesteps=self.config.num_noise_levels,
             tokens_shape=(self.config.num_patches, self.config.latent_dim),
-            timesteps_shape=self.config.timesteps_shape,
+            timestep_block=self.config.timestep_block,
             label_dropout=self.config.class_dropout_prob if self.labelled else None,
         )
         self.flops_per_image = training_flops_per_image(self.config)

@@ -145,7 +145,7 @@ def measure_loading(source: ImageSource, recipe: Recipe, seconds: float) -> floa
         source,
         num_timesteps=config.num_noise_levels,
         tokens_shape=(config.num_patches, config.latent_dim),
-        timesteps_shape=config.timesteps_shape,
+        timestep_block=config.timestep_block,
         global_batch_size=batch,
         micro_batch_size=batch,
         num_steps=10**9,

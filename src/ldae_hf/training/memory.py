@@ -40,26 +40,28 @@ def attention_of(device_type: str, mixed_precision: str) -> str:
     return "eager" if device_type == "cpu" and mixed_precision == "bf16" else "sdpa"
 
 
-def block_bytes(config: LDAEConfig, mixed_precision: str, attention: str, device_type: str) -> int:
+def block_bytes(config: LDAEConfig, mixed_precision: str, attention: str, device_type: str, width: int = 0) -> int:
     """Bytes that one block keeps of an image for its backward pass.
 
     Args:
+        width: of the block; default the encoder's.
         mixed_precision: `"bf16"` or `"no"`. attention: `"eager"`, or a kernel that keeps no (N,N) weights.
         device_type: outside of CPUs, autocast widens to fp32 what softmax gives and what addcmul takes.
     """
-    width, tokens, heads = config.hidden_size, config.num_patches, config.num_attention_heads
+    width, tokens = width or config.hidden_size, config.num_patches
+    heads = config.num_attention_heads * width // config.hidden_size
     low = 2 if mixed_precision == "bf16" else 4
     gated = low if device_type == "cpu" else 4
     token = 2 * 4 * width  # the residual stream before attention and MLP, fp32
     token += 2 * 2 * 4  # mean and deviation of their norms
     token += low * 8 * width  # normalised and modulated states of both; q, k, v and the context
-    token += low * 2 * config.intermediate_size  # before and after the activation
+    token += low * 2 * int(width * config.mlp_ratio)  # before and after the activation
     token += gated * 2 * width  # what attention and MLP add to the stream, before its gates
     if attention == "eager":
         token += heads * tokens * (low if gated == low else 4 + low)  # the weights, and what softmax gave in fp32
     else:
         token += heads * 4  # the logarithm of the softmax's sum
-    hidden = config.conditioning_hidden_size or width
+    hidden = config.conditioning_hidden_size or config.hidden_size
     condition = low * (8 * width + 2 * hidden) + (gated - low) * 2 * width  # six chunks, two times 1 + scale; the gates
     return tokens * token + math.prod(config.timesteps_shape) * condition
 
@@ -69,11 +71,14 @@ def activation_bytes(
 ) -> int:
     """Bytes that an image keeps for the backward pass, of all blocks, or with `checkpointing` their inputs and all of
     one; of the patch embedding, the head and the loss."""
-    width, tokens, (shown, answered) = config.hidden_size, config.num_patches, ends(config)
-    low = 2 if mixed_precision == "bf16" else 4
-    blocks = config.num_hidden_layers + config.decoder_num_hidden_layers
-    block = block_bytes(config, mixed_precision, attention, device_type)
-    kept = blocks * 4 * tokens * width + block if checkpointing else blocks * block
+    tokens, (shown, answered) = config.num_patches, ends(config)
+    low, width = 2 if mixed_precision == "bf16" else 4, config.decoder_width
+    stacks = ((config.num_hidden_layers, config.hidden_size), (config.decoder_num_hidden_layers, width))
+    blocks = [block_bytes(config, mixed_precision, attention, device_type, of_block) for _, of_block in stacks]
+    if checkpointing:
+        kept = sum(count * 4 * tokens * of_block for count, of_block in stacks) + max(blocks)
+    else:
+        kept = sum(count * block for (count, _), block in zip(stacks, blocks, strict=True))
     # Stream, norm, normalised, modulated; and the condition of the last norm.
     head = tokens * (4 * width + 8 + low * 2 * width) + math.prod(config.timesteps_shape) * low * 6 * width
     residues = 4 * tokens * (answered + (config.latent_dim if answered != config.latent_dim else 0))
@@ -106,12 +111,11 @@ def device_memory(
         batch_size: images of a forward pass. processes: devices that train together.
     """
     weights = 4 * parameters.total / (processes if layout.sharded else 1)
-    blocks = config.num_hidden_layers + config.decoder_num_hidden_layers
     parts = {"weights": weights, "gradients": weights, "AdamW's moments": 2 * weights}
     if ema:
         parts["EMA"] = weights
     if layout.sharded:  # what is in no block stays; the weights of two blocks and the gradients of one come and go
-        parts["gathered"] = 4 * (parameters.total - (blocks - 3) * parameters.block)
+        parts["gathered"] = 4 * (parameters.total - parameters.blocks + 3 * parameters.block)
     else:
         if mixed_precision == "bf16":
             parts["bf16 copies"] = 2 * parameters.matrices

@@ -93,7 +93,7 @@ def replay(folder: Path, *, dataset=None, batch_size: int = 16, num_workers: int
         source,
         num_timesteps=config.num_noise_levels,
         tokens_shape=(config.num_patches, config.latent_dim),
-        timesteps_shape=config.timesteps_shape,
+        timestep_block=config.timestep_block,
         global_batch_size=len(facts["sample_ids"]),
         micro_batch_size=math.gcd(len(facts["sample_ids"]), batch_size),
         start_step=step,

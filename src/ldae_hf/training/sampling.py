@@ -111,19 +111,24 @@ class Corruption:
     Args:
         num_timesteps: t is uniform in 0...num_timesteps - 1.
         tokens_shape: (N,K), tokens and latent dimensions of the noise.
-        timesteps_shape: () for one t for the image, (N,) for one for each token.
+        timestep_block: None for one t for the image; else t are (N,), and squares of so many patches a side share one.
     """
 
     num_timesteps: int
     tokens_shape: tuple[int, int]
     seed: int = 0
-    timesteps_shape: tuple[int, ...] = ()
+    timestep_block: int | None = None
 
     def __call__(self, epoch: int, sample_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """t, int64 of `timesteps_shape`, and standard normal noise as float32 (N,K)."""
-        timesteps = random_generator(self.seed, "timestep", epoch, sample_id)
+        """t, int64 () or (N,), and standard normal noise as float32 (N,K)."""
+        generator = random_generator(self.seed, "timestep", epoch, sample_id)
         noise = random_generator(self.seed, "noise", epoch, sample_id)
-        timesteps = timesteps.integers(self.num_timesteps, size=self.timesteps_shape)
+        if self.timestep_block is None:
+            timesteps = generator.integers(self.num_timesteps, size=())
+        else:
+            side = math.isqrt(self.tokens_shape[0]) // self.timestep_block
+            drawn = generator.integers(self.num_timesteps, size=(side, side))
+            timesteps = drawn.repeat(self.timestep_block, axis=0).repeat(self.timestep_block, axis=1).ravel()
         return timesteps, noise.standard_normal(self.tokens_shape, dtype=np.float32)
 
 
