@@ -68,6 +68,7 @@ VARIANTS = [
     {"tokenizer": "pixels", "latent_dim": 768, "sigma_max": 6.5},
     {"timestep_scope": "token", "image_size": 32},
     {"timestep_scope": "block", "decoder_hidden_size": 512, "decoder_num_hidden_layers": 48},
+    {"num_global_tokens": 4},
     {"tokenizer": "random_projection", "noise_schedule": "linear_gamma_squared", "loss_weighting": "snr"},
     {
         "tokenizer": "vqgan",
@@ -217,6 +218,11 @@ CONTRADICTIONS = [
     (
         {"timestep_scope": "block", "image_size": 240},
         "timestep_scope='block' needs a multiple of 2 patches a side, but image_size=240 and patch_size=16 make 15.",
+    ),
+    ({"num_global_tokens": -1}, "num_global_tokens=-1 must be 0 or more."),
+    (
+        {"num_global_tokens": 4, "timestep_scope": "token"},
+        "num_global_tokens=4 with timestep_scope='token' is not defined: a global token has no noise",
     ),
     ({"decoder_hidden_size": 0}, "decoder_hidden_size=0 must be positive, or None."),
     ({"decoder_hidden_size": 96}, "decoder_hidden_size=96 must be a multiple of a head's 64."),

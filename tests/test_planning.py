@@ -112,6 +112,7 @@ def test_a_device_that_is_misspelt_is_an_error_that_names_the_nearest():
         {"timestep_scope": "token", "conditioning_hidden_size": None},
         SIZES["desk_half_l_deep_narrow"],
         {**SIZES["desk_half_l_deep_narrow"], "timestep_scope": "block"},
+        {"num_global_tokens": 4},
     ],
 )
 def test_the_flops_of_an_image_are_those_that_torch_counts_forward_and_in_training(keys):

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ldae_hf import LDAEConfig, LDAEForPreTraining, LDAEModel
+from ldae_hf import LDAEBackbone, LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel
 from ldae_hf.configuration_ldae import SIZES
+from ldae_hf.evaluation.encoders.ldae import LDAEEncoder
 from ldae_hf.evaluation.whole_network import whole_network
+from ldae_hf.export import fold
 from ldae_hf.recipes import load_recipe
 from ldae_hf.training.costs import forward_flops_per_image
 from ldae_hf.training.sampling import Corruption
@@ -60,3 +62,76 @@ def test_a_narrow_decoders_blocks_do_not_go_on_as_an_encoder():
     model = LDAEForPreTraining(load_recipe("deep_narrow_decoder", "cpu").model_config())
     with pytest.raises(ValueError, match="The decoder is 64 wide and the encoder 128.*`ldae sweep layers`"):
         whole_network(model)
+
+
+@pytest.fixture
+def with_global_tokens() -> LDAEForPreTraining:
+    torch.manual_seed(0)
+    model = LDAEForPreTraining(load_recipe("global_tokens", "cpu").model_config()).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def test_global_tokens_are_in_no_output_but_the_hidden_states(with_global_tokens):
+    pixel_values = torch.randn(2, 3, 32, 48)  # not the size of the training images
+    with torch.no_grad():
+        assert with_global_tokens(pixel_values).prediction.shape == (2, 24, 192)
+        outputs = with_global_tokens.ldae(pixel_values, output_hidden_states=True)
+    assert outputs.last_hidden_state.shape == (2, 24, 128) and outputs.pooler_output.shape == (2, 128)
+    assert {states.shape for states in outputs.hidden_states} == {(2, 28, 128)}
+    torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state.mean(1))
+    stem = outputs.hidden_states[0][:, :4]
+    assert torch.equal(stem, with_global_tokens.ldae.global_tokens.weight.expand(2, -1, -1))
+
+
+def test_patches_hear_of_global_tokens_through_attention_only(with_global_tokens):
+    encoder, pixel_values = with_global_tokens.ldae, torch.randn(2, 3, 32, 32)
+
+    @torch.no_grad()
+    def states():
+        return [found[:, 4:] for found in encoder(pixel_values, output_hidden_states=True).hidden_states]
+
+    before = states()
+    torch.nn.init.normal_(encoder.global_tokens.weight, std=5.0)
+    after = states()
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
+
+
+def test_the_feature_maps_of_a_backbone_hold_patches_only(with_global_tokens, tmp_path):
+    with_global_tokens.ldae.save_pretrained(tmp_path)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    backbone = LDAEBackbone.from_pretrained(tmp_path, out_indices=[0, 3])
+    with torch.no_grad():
+        stem, last = backbone(pixel_values).feature_maps
+        features = with_global_tokens.ldae(pixel_values).last_hidden_state
+    assert stem.shape == last.shape == (2, 128, 4, 4)
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), features, rtol=0, atol=1e-6)
+
+
+def test_an_evaluated_layer_leaves_global_tokens_out(with_global_tokens):
+    processor = LDAEImageProcessor(image_size=32, patch_size=8, latent_dim=16)
+    pixels = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+    processor.fit(list(pixels), num_patches=1000)
+    with_global_tokens.set_processor(processor)
+    encoder = LDAEEncoder(with_global_tokens.ldae, processor)
+    assert encoder.num_prefix_tokens == 4
+    [tokens] = encoder.tokens(pixels, torch.arange(16), [3])
+    expected = with_global_tokens.ldae(processor.normalize_pixels(pixels)).last_hidden_state
+    torch.testing.assert_close(tokens[:, 4:], expected.detach(), rtol=0, atol=1e-5)
+
+
+def test_what_does_not_go_with_global_tokens_is_said(with_global_tokens):
+    with pytest.raises(ValueError, match="num_global_tokens=4 does not fold into a Vision Transformer"):
+        fold(with_global_tokens.ldae)
+    with pytest.raises(ValueError, match="takes one timestep for an image, not one for each token"):
+        with_global_tokens(torch.randn(2, 3, 32, 32), timesteps=torch.zeros(2, 16, dtype=torch.int64))
+
+
+def test_global_tokens_start_small_and_are_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = LDAEForPreTraining(load_recipe("global_tokens", "cpu").model_config())
+    weight = model.ldae.global_tokens.weight
+    assert weight.shape == (4, 128) and weight.std().item() == pytest.approx(0.02, rel=0.1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LDAEForPreTraining.from_pretrained(tmp_path).ldae.global_tokens.weight, weight)

@@ -42,7 +42,9 @@ class LDAEBackbone(BackboneMixin, LDAEModel):
         outputs = LDAEModel.forward(self, pixel_values, return_dict=True, **kwargs)
         grid = self.grid_of(pixel_values)
         feature_maps = tuple(
-            F.layer_norm(hidden_state, hidden_state.shape[-1:], eps=self.config.layer_norm_eps)
+            F.layer_norm(
+                hidden_state[:, self.global_tokens.count :], hidden_state.shape[-1:], eps=self.config.layer_norm_eps
+            )
             .transpose(1, 2)
             .unflatten(2, grid)
             for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True)

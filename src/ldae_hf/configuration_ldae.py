@@ -76,6 +76,7 @@ LARGEST = {
     "decoder_num_hidden_layers": 2**10,
     "decoder_hidden_size": 2**16,
     "num_channels": 2**10,
+    "num_global_tokens": 2**10,
     "mlp_ratio": 2**10,
     "conditioning_hidden_size": 2**20,
     "num_train_timesteps": 2**20,
@@ -108,6 +109,8 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_hidden_size (`int` or `None`): width of the decoder, a multiple of the width of a head; `None` (the
             paper) is the encoder's.
         num_attention_heads (`int`): attention heads.
+        num_global_tokens (`int`): learned tokens beside those of the patches, which no feature is taken from; none in
+            the paper.
         mlp_ratio (`float`): width of a block's MLP over `hidden_size`.
         hidden_act (`str`): activation of the MLPs, one of transformers' names.
         layer_norm_eps (`float`): epsilon of every layer normalisation.
@@ -151,6 +154,7 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_num_hidden_layers: int = 12
     decoder_hidden_size: int | None = None
     num_attention_heads: int = 16
+    num_global_tokens: int = 0
     mlp_ratio: float | int = 4
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float | int = 1e-6
@@ -241,6 +245,11 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def is_plain_vit(self) -> bool:
+        """Whether at a fixed timestep the encoder is a plain Vision Transformer, patches in and tokens out."""
+        return self.tokenizer not in CONVOLUTIONAL_TOKENIZERS and not self.num_global_tokens
+
+    @property
     def intermediate_size(self) -> int:
         """Width of a block's MLP."""
         return int(self.hidden_size * self.mlp_ratio)
@@ -319,6 +328,8 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{key}={getattr(self, key)} must lie in 0 ... 1.")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be positive, or None for no class labels.")
+        if self.num_global_tokens < 0:
+            raise ValueError(f"num_global_tokens={self.num_global_tokens} must be 0 or more.")
         if self.decoder_hidden_size is not None and self.decoder_hidden_size < 1:
             raise ValueError(f"decoder_hidden_size={self.decoder_hidden_size} must be positive, or None.")
         hidden = self.conditioning_hidden_size
@@ -377,6 +388,11 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"timestep_scope={self.timestep_scope!r} draws a noise level for each {self.timestep_scope}, but "
                 "noise_schedule='single_level' has one for all; leave timestep_scope='image'."
+            )
+        if self.timestep_scope != "image" and self.num_global_tokens:
+            raise ValueError(
+                f"num_global_tokens={self.num_global_tokens} with timestep_scope={self.timestep_scope!r} is not "
+                "defined: a global token has no noise, and no noise level of its own."
             )
         if self.image_size // self.patch_size % (self.timestep_block or 1):
             raise ValueError(

@@ -1,6 +1,6 @@
 """The transformer of l-DAE: a ViT whose blocks are conditioned as DiT's (adaLN-Zero). It knows nothing of noise.
 
-B images · N tokens · D width
+B images · N tokens of patches · G global tokens, none in the paper · D width
 """
 
 import math
@@ -111,6 +111,30 @@ class NoLabels(nn.Module):
     def drop(self, labels: torch.Tensor | None, dropped: torch.Tensor | None) -> None:
         if labels is not None:
             raise ValueError("This model has no class labels (num_classes=None); leave `labels` out.")
+
+
+class LDAEGlobalTokens(nn.Module):
+    """Learned tokens before those of the patches (B,N,D) -> (B,G+N,D): they see all, have no place, and no noise."""
+
+    def __init__(self, config: LDAEConfig):
+        super().__init__()
+        self.count = config.num_global_tokens
+        self.weight = nn.Parameter(torch.empty(self.count, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        if conditioning.shape[1] != 1:
+            raise ValueError("A model with global tokens takes one timestep for an image, not one for each token.")
+        tokens = self.weight.to(hidden_states.dtype).expand(len(hidden_states), -1, -1)
+        return torch.cat([tokens, hidden_states], dim=1)
+
+
+class NoGlobalTokens(nn.Module):
+    """The tokens of the patches as they are."""
+
+    count = 0
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        return hidden_states
 
 
 def modulation_mlp(config: LDAEConfig, num_chunks: int, width: int) -> nn.Sequential:

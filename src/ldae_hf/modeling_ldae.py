@@ -25,9 +25,11 @@ from .configuration_ldae import LDAEConfig
 from .layers_ldae import (
     LDAEAttention,
     LDAEDecoder,
+    LDAEGlobalTokens,
     LDAELabelEmbedding,
     LDAELayer,
     LDAETimestepEmbedding,
+    NoGlobalTokens,
     NoLabels,
     sincos_positions,
 )
@@ -95,7 +97,7 @@ class LDAEPreTrainedModel(SafeLoading, PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """As DiT: linear layers Xavier-uniform with zero bias; the timestep MLP normal with std 0.02; the last layer of
         every modulation and the decoder's head zero, so that each block starts as the identity and the model answers 0;
-        the table of classes normal with std 0.02.
+        the table of classes and global tokens normal with std 0.02.
         Buffers: the DCT basis, the noise tables, the sine-cosine positions (none of them survives a meta device).
         """
         if isinstance(module, nn.Linear):
@@ -104,7 +106,7 @@ class LDAEPreTrainedModel(SafeLoading, PreTrainedModel):
             else:
                 init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding | LDAEGlobalTokens):
             init.normal_(module.weight, std=0.02)
         elif isinstance(module, Tokenizer):
             for name, value in module.unfitted().items():
@@ -216,6 +218,7 @@ class LDAEModel(LDAEPreTrainedModel):
         self.register_buffer("position_embeddings", sincos_positions(config.hidden_size, self.grid))
         self.timestep_embedding = LDAETimestepEmbedding(config)
         self.label_embedding = NoLabels() if config.num_classes is None else LDAELabelEmbedding(config)
+        self.global_tokens = LDAEGlobalTokens(config) if config.num_global_tokens else NoGlobalTokens()
         self.layers = nn.ModuleList([LDAELayer(config, config.hidden_size) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
@@ -237,9 +240,10 @@ class LDAEModel(LDAEPreTrainedModel):
         return table.flatten(2).transpose(1, 2)
 
     def encode(self, tokens: torch.Tensor, conditioning: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """What the network is shown, (B,N,K) or (B,N,P), through the blocks: (B,N,D), before any final norm."""
+        """What the network is shown, (B,N,K) or (B,N,P), through the blocks: (B,G+N,D), before any final norm."""
         dtype = self.patch_embedding.weight.dtype  # fp32 under autocast, so that the residual stream is fp32 too
         hidden_states = self.patch_embedding(tokens.to(dtype)) + self.positions(grid).to(dtype)
+        hidden_states = self.global_tokens(hidden_states, conditioning)
         for layer in self.layers:
             hidden_states = layer(hidden_states, conditioning)
         return hidden_states
@@ -280,7 +284,7 @@ class LDAEModel(LDAEPreTrainedModel):
         Returns:
             `last_hidden_state` (B,N,D), layer-normalised without parameters, as the decoder's first block sees it;
             `pooler_output` (B,D), its mean over tokens; on request `hidden_states`, the raw residual stream before
-            the first block and after each, and `attentions` (with `attn_implementation="eager"`).
+            the first block and after each (B,G+N,D), and `attentions` (with `attn_implementation="eager"`).
 
         Raises:
             ValueError: wrong image shape or type, or timesteps or noise that do not fit.
@@ -294,6 +298,7 @@ class LDAEModel(LDAEPreTrainedModel):
             tokens = self.schedule.add_noise(tokens, noise.to(tokens), timesteps)
         conditioning = self.label_embedding(self.timestep_embedding(timesteps))
         hidden_states = self.encode(self.network_input(self.tokenizer, tokens), conditioning, grid)
+        hidden_states = hidden_states[:, self.global_tokens.count :]  # (B, N, D)
         features = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(dim=1))
 
@@ -365,8 +370,9 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         """
         conditioning = self.ldae.label_embedding(self.ldae.timestep_embedding(timesteps), labels)  # (B, 1, D)
         shown = self.ldae.network_input(self.ldae.tokenizer, noisy_tokens)  # (B, N, K) or (B, N, P)
-        hidden_states = self.ldae.encode(shown, conditioning, grid or self.ldae.grid)  # (B, N, D)
-        return self.decoder(hidden_states, conditioning).to(noisy_tokens.dtype)
+        hidden_states = self.ldae.encode(shown, conditioning, grid or self.ldae.grid)  # (B, G + N, D)
+        answer = self.decoder(hidden_states, conditioning)[:, self.ldae.global_tokens.count :]
+        return answer.to(noisy_tokens.dtype)
 
     def square_grid(self, tokens: torch.Tensor) -> tuple[int, int]:
         """(rows, columns) of cached tokens (B,N,K).

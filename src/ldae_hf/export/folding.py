@@ -103,7 +103,8 @@ def fold(
         dtype: of the result; default the model's.
 
     Raises:
-        ValueError: the model is neither of the two, its tokenizer is convolutional, or there is no such timestep.
+        ValueError: the model is neither of the two, its tokenizer is convolutional, it has global tokens, or there is
+            no such timestep.
     """
     check_foldable(model)
     weights = {name: value.to(dtype or model.dtype) for name, value in folded_weights(model, timestep)}
@@ -114,7 +115,7 @@ def fold(
 
 
 def check_foldable(model: LDAEPreTrainedModel) -> None:
-    """Raises ValueError unless the model is an encoder or a classifier whose tokenizer works on single patches."""
+    """Raises ValueError unless the model is an encoder or a classifier that has the tokens of single patches."""
     if not isinstance(model, (LDAEModel, LDAEForImageClassification)):
         raise ValueError(
             f"Only an encoder or a classifier folds, not a {type(model).__name__}; of a model for pre-training give "
@@ -125,6 +126,11 @@ def check_foldable(model: LDAEPreTrainedModel) -> None:
             f"An encoder with tokenizer={model.config.tokenizer!r} does not fold into a Vision Transformer: before its "
             "first layer stands a convolutional autoencoder, which looks beyond a patch. The encoders of the path's "
             "later steps (tokenizer='patch_vae', 'patch_ae', 'patch_pca', 'pixels') do."
+        )
+    if not model.config.is_plain_vit:
+        raise ValueError(
+            f"An encoder with num_global_tokens={model.config.num_global_tokens} does not fold into a Vision "
+            "Transformer, which has none of them."
         )
 
 

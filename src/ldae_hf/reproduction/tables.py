@@ -216,7 +216,7 @@ def _noise_grid(tier: str | None) -> Experiment:
 
 
 def _variants(tier: str | None) -> Experiment:
-    names = ("token_noise_levels", "block_noise_levels", "interpolative_noise", "deep_narrow_decoder")
+    names = ("token_noise_levels", "block_noise_levels", "interpolative_noise", "deep_narrow_decoder", "global_tokens")
     rows = [_of(END_OF_PATH), *(_of(name, END_OF_PATH) for name in names)]
     return Experiment("", "Variants of the final method, with the same budget", tuple(rows))
 

@@ -55,7 +55,7 @@ def forward_flops_per_image(config: LDAEConfig) -> float:
     The MLPs on an image's timestep, the tokenizer and all elementwise work are left out, so that the number is a model
     property and MFU is honest. Where each token has its own timestep, its MLPs are as large as a block and counted.
     """
-    tokens, (shown, answered) = config.num_patches, ends(config)
+    tokens = config.num_patches + config.num_global_tokens
 
     def blocks(count: int, width: int) -> int:  # multiply-adds per token
         linear = width * (4 * width + 2 * int(width * config.mlp_ratio))  # qkv, projection and MLP
@@ -63,9 +63,10 @@ def forward_flops_per_image(config: LDAEConfig) -> float:
 
     encoder, decoder = config.hidden_size, config.decoder_width
     network = blocks(config.num_hidden_layers, encoder) + blocks(config.decoder_num_hidden_layers, decoder)
-    network += encoder * shown + decoder * answered + (encoder * decoder if decoder != encoder else 0)
+    network += decoder * ends(config)[1] + (encoder * decoder if decoder != encoder else 0)
+    embedding = config.num_patches * encoder * ends(config)[0]
     timesteps = sum(config.timesteps_shape)  # N of (N,), none of ()
-    return 2 * (tokens * network + timesteps * conditioning_multiply_adds(config))
+    return 2 * (tokens * network + embedding + timesteps * conditioning_multiply_adds(config))
 
 
 def conditioning_multiply_adds(config: LDAEConfig) -> int:

@@ -48,7 +48,7 @@ def block_bytes(config: LDAEConfig, mixed_precision: str, attention: str, device
         mixed_precision: `"bf16"` or `"no"`. attention: `"eager"`, or a kernel that keeps no (N,N) weights.
         device_type: outside of CPUs, autocast widens to fp32 what softmax gives and what addcmul takes.
     """
-    width, tokens = width or config.hidden_size, config.num_patches
+    width, tokens = width or config.hidden_size, config.num_patches + config.num_global_tokens
     heads = config.num_attention_heads * width // config.hidden_size
     low = 2 if mixed_precision == "bf16" else 4
     gated = low if device_type == "cpu" else 4
@@ -71,7 +71,7 @@ def activation_bytes(
 ) -> int:
     """Bytes that an image keeps for the backward pass, of all blocks, or with `checkpointing` their inputs and all of
     one; of the patch embedding, the head and the loss."""
-    tokens, (shown, answered) = config.num_patches, ends(config)
+    tokens, (shown, answered) = config.num_patches + config.num_global_tokens, ends(config)
     low, width = 2 if mixed_precision == "bf16" else 4, config.decoder_width
     stacks = ((config.num_hidden_layers, config.hidden_size), (config.decoder_num_hidden_layers, width))
     blocks = [block_bytes(config, mixed_precision, attention, device_type, of_block) for _, of_block in stacks]

@@ -90,6 +90,7 @@ class LDAEEncoder(Encoder):
             image_size=image_size or processor.image_size,
             patch_size=model.config.patch_size,
             dim=model.config.hidden_size,
+            num_prefix_tokens=model.config.num_global_tokens,
             mean=processor.image_mean,
             std=processor.image_std,
             dtype=dtype,
