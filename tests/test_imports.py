@@ -52,7 +52,8 @@ MAY_IMPORT = {
     "export": MODELS | {"manifest", "progress"},
     "cards": MODELS | {"manifest", "recipes"},
     "model_checks": MODELS | {"golden", "latent_tokenizers", "progress", "recipes"},
-    "verify": {"manifest", "golden", "model_checks", "image_processing_ldae", "latent_tokenizers"},
+    "verify": {"manifest", "golden", "model_checks", "image_processing_ldae", "latent_tokenizers"}
+    | {"scheduling_ldae", "export"},
     "training": MODELS | BESIDE_THE_MODELS | FOLDERS | HUB | {"export", "ldae_hf", "recipes", "progress"},
     "repository": MODELS
     | BESIDE_THE_MODELS

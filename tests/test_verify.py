@@ -94,7 +94,10 @@ def test_a_run_passes_and_says_what_was_looked_at(trained):
     assert by_folder["processor"] == {"hashes": OK, "processor": OK}
     assert by_folder["encoder"] == dict.fromkeys(MODEL_CHECKS, OK)
     for step in (2, 4):
-        assert by_folder[f"step-{step:08d}"] == dict.fromkeys(MODEL_CHECKS, OK) | {"features": NOT_CHECKED}
+        assert by_folder[f"step-{step:08d}"] == dict.fromkeys(MODEL_CHECKS, OK) | {
+            "features": NOT_CHECKED,
+            "average": OK,
+        }
     assert all(check.detail for check in found)
     assert "l_dae (tier quickstart) describes the model" in [check.detail for check in found]
 
@@ -168,6 +171,15 @@ def test_a_weight_that_is_not_finite_is_named(encoder):
     found = failed(encoder)
     assert found.keys() == {"finite", "features"}
     assert found["finite"] == f"NaN or infinite values: {name} in model.safetensors"
+
+
+def test_a_moving_average_of_another_model_is_found(checkpoint):
+    def cut(tensors):
+        tensors["decoder.renamed"] = tensors.pop(next(name for name in tensors if name.startswith("decoder.")))
+
+    change_tensors(checkpoint / "training" / "ema.safetensors", cut)
+    write_manifest(checkpoint)
+    assert failed(checkpoint).keys() == {"average"}
 
 
 @pytest.mark.parametrize("file", ["optimizer", "ema"])

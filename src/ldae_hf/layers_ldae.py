@@ -225,6 +225,7 @@ class LDAEDecoder(nn.Module):
     def __init__(self, config: LDAEConfig, output_dim: int):
         super().__init__()
         self.eps, width = config.layer_norm_eps, config.decoder_width
+        self.num_global_tokens = config.num_global_tokens
         self.embedding = nn.Identity() if width == config.hidden_size else nn.Linear(config.hidden_size, width)
         self.layers = nn.ModuleList([LDAELayer(config, width) for _ in range(config.decoder_num_hidden_layers)])
         self.modulation = modulation_mlp(config, 2, width)
@@ -234,5 +235,6 @@ class LDAEDecoder(nn.Module):
         hidden_states = self.embedding(hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, conditioning)
+        hidden_states = hidden_states[:, self.num_global_tokens :]
         shift, scale = self.modulation(conditioning).chunk(2, dim=-1)
         return self.head(modulate(hidden_states, shift, scale, self.eps))  # (B, N, output_dim)

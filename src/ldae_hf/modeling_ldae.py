@@ -371,8 +371,7 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
         conditioning = self.ldae.label_embedding(self.ldae.timestep_embedding(timesteps), labels)  # (B, 1, D)
         shown = self.ldae.network_input(self.ldae.tokenizer, noisy_tokens)  # (B, N, K) or (B, N, P)
         hidden_states = self.ldae.encode(shown, conditioning, grid or self.ldae.grid)  # (B, G + N, D)
-        answer = self.decoder(hidden_states, conditioning)[:, self.ldae.global_tokens.count :]
-        return answer.to(noisy_tokens.dtype)
+        return self.decoder(hidden_states, conditioning).to(noisy_tokens.dtype)
 
     def square_grid(self, tokens: torch.Tensor) -> tuple[int, int]:
         """(rows, columns) of cached tokens (B,N,K).

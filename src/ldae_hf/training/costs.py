@@ -63,10 +63,11 @@ def forward_flops_per_image(config: LDAEConfig) -> float:
 
     encoder, decoder = config.hidden_size, config.decoder_width
     network = blocks(config.num_hidden_layers, encoder) + blocks(config.decoder_num_hidden_layers, decoder)
-    network += decoder * ends(config)[1] + (encoder * decoder if decoder != encoder else 0)
-    embedding = config.num_patches * encoder * ends(config)[0]
+    network += encoder * decoder if decoder != encoder else 0
+    shown, answered = ends(config)
+    linear = config.num_patches * (encoder * shown + decoder * answered)
     timesteps = sum(config.timesteps_shape)  # N of (N,), none of ()
-    return 2 * (tokens * network + embedding + timesteps * conditioning_multiply_adds(config))
+    return 2 * (tokens * network + linear + timesteps * conditioning_multiply_adds(config))
 
 
 def conditioning_multiply_adds(config: LDAEConfig) -> int:
