@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 PEERS := timm==1.0.31 torchvision==0.28.0
 # gradio asks for an older Pillow than the rest is tested with: an environment that finds in .venv what it lacks itself.
 DEMO := $(VENV)/demo
+WORKERS ?= 2
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 empty :=
 space := $(empty) $(empty)
@@ -47,8 +48,8 @@ $(DEMO)/.installed: $(STAMP) constraints-demo.txt
 demo: $(DEMO)/.installed ## Show a page to play with a model, by default the one in model_cards: make demo MODEL=runs/mine
 	$(DEMO)/bin/python examples/app.py $(MODEL)
 
-test: $(STAMP) ## Run the tests that take seconds; those that read data sets need LDAE_DATA to name their folder.
-	$(RUN) -m pytest -q
+test: $(STAMP) ## Run the quick tests, in WORKERS processes; those that read data sets need LDAE_DATA to name their folder.
+	$(RUN) -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## Run the tests that take minutes.
 	$(RUN) -m pytest -q -m slow

@@ -52,8 +52,10 @@ FORKING = (
     "test_full_probe.py",
     "test_encoders.py",
 )
+LONG = ("test_user_story.py", "test_reproduce_runs.py", "test_export_folders.py", "test_weights.py", "test_imports.py")
 
 
 def pytest_collection_modifyitems(items):
-    """The tests that fork go first: a fork of a process in which other tests have left threads behind can hang."""
-    items.sort(key=lambda item: item.path.name not in FORKING)
+    """The tests that fork go first: a fork of a process in which other tests have left threads behind can hang. Then
+    the files that take longest, so that of several processes none has one of them left when the others are done."""
+    items.sort(key=lambda item: (item.path.name not in FORKING, item.path.name not in LONG))

@@ -26,7 +26,8 @@ def test_tree_shows_every_recipe_with_the_papers_number_and_every_tier():
 
 def test_tree_shows_the_results_of_a_ledger_by_default_the_one_of_the_current_folder(tmp_path, monkeypatch):
     features = {"encoder": "a", "timestep": 10, "noise": "clean"}
-    row = {"task": "linear_probe", "recipe": "l_dae", "tier": "cpu", "top1": 41.4, "protocol": {"features": features}}
+    protocol = {"features": features, "train": {"dataset": "cifar10"}}
+    row = {"task": "linear_probe", "recipe": "l_dae", "tier": "cpu", "top1": 41.4, "protocol": protocol}
     monkeypatch.chdir(tmp_path)
     assert "cpu 41.4" not in ldae("recipes", "tree").stdout
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
@@ -88,7 +89,7 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message):
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):
-    def broken(ledger):
+    def broken(*arguments):
         raise IndexError("a bug")
 
     monkeypatch.setattr("ldae_hf.cli.recipes.tree_text", broken)
