@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import tomllib
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from ldae_hf import LDAEConfig
 from ldae_hf.cards import model_card
 from ldae_hf.cards.facts import PLANNED, folded_parameters, planned_facts, read_facts
+from ldae_hf.cards.local_paths import without_paths
 from ldae_hf.cards.model_card import code, plain, render_card, write_card
 from ldae_hf.cli import app
 from ldae_hf.evaluation.ledger import read_ledger
@@ -501,3 +503,78 @@ def test_the_command_names_what_it_cannot_do(tmp_path):
     assert "holds no model" in error(str(tmp_path / "mine"))
     assert "no ledger" in error(str(TRAINED), "--ledger", str(tmp_path / "absent.jsonl"))
     assert "one folder" in error(str(TRAINED), str(TRAINED), "--repo-id", "a/b")
+
+
+# ---- files and rows that came from elsewhere
+
+
+NO_JSON = [b"{\n \xff}", b'{\n "steps": }', b"[" * 100_000, b'{"steps": ' + b"1" * 5000 + b"}", b"[" * 900 + b"]" * 900]
+
+
+@pytest.mark.parametrize("content", NO_JSON, ids=["bytes", "syntax", "brackets", "digits", "nested"])
+@pytest.mark.parametrize("name", ["training.json", "recipe.json"])
+def test_a_file_that_is_no_json_is_named_in_one_line_with_its_own(folder, name, content):
+    (folder / name).write_bytes(content)
+    result = CliRunner().invoke(app, ["card", str(folder)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and name in result.stderr
+    assert ("line 2" in result.stderr) == (b"\n" in content)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN"])
+def test_a_number_that_is_not_finite_is_none(folder, number):
+    (folder / "training.json").write_text(f'{{"seed": 0, "steps": {number}, "minutes": {number}, "images_seen": 5}}')
+    text = render_card(read_facts(folder))
+    assert "inf" not in body(text).split("## Evaluation")[0].split("| length |")[1] and "nan" not in text
+
+
+def test_a_line_of_the_log_that_is_none_is_left_out_with_a_warning_and_hostile_numbers_without(folder):
+    report = '{"step": 3, "epoch": 1}'
+    broken = [b"{", b"\xff", b"[" * 100_000]
+    epochs = read_facts(folder).recipe.train["epochs"]
+    for line in broken:
+        (folder / "metrics.jsonl").write_bytes(f"{report}\n".encode() + line)
+        with pytest.warns(UserWarning, match="metrics.jsonl: line 2 is no JSON and is left out"):
+            assert read_facts(folder).total_steps == 3 * epochs
+    hostile = ['{"step": 1e999, "epoch": 1}', '{"step": NaN, "epoch": 2}', '{"step": 1, "epoch": 0}', "[]", "3", ""]
+    hostile += ['{"step": "3", "epoch": 2}', f'{{"step": 1{"0" * 400}, "epoch": 0.5}}']
+    (folder / "metrics.jsonl").write_text("\n".join([report, *hostile]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_facts(folder).total_steps == 3 * epochs
+
+
+@pytest.mark.parametrize(
+    ("value", "public"),
+    [
+        ("/home/me/my pictures/", "path/to/my pictures"),
+        ("data.dataset=/home/me/pictures", "data.dataset=path/to/pictures"),
+        ("~/pictures", "path/to/pictures"),
+        ("C:\\Users\\me\\pictures", "path/to/pictures"),
+        ("read from /home/me/pictures, then resized", "read from path/to/pictures, then resized"),
+        ({"command": "ldae probe '/home/me/my run' --ledger=/home/me/l.jsonl"}, None),
+        ({"command": "ldae probe '/home/me/run"}, {"command": "ldae probe 'path/to/run"}),
+        ("https://huggingface.co/me/model, and/or 1 / 255", "https://huggingface.co/me/model, and/or 1 / 255"),
+        (
+            {"command": 'ldae probe  "runs/a"', "n": [1, None, 0.5]},
+            {"command": 'ldae probe  "runs/a"', "n": [1, None, 0.5]},
+        ),
+    ],
+)
+def test_of_an_absolute_path_the_last_name_is_published_and_all_else_stays(value, public):
+    expected = {"command": "ldae probe 'path/to/my run' --ledger=path/to/l.jsonl"} if public is None else public
+    assert without_paths(value) == expected
+
+
+def test_a_row_of_a_model_that_was_trained_on_a_folder_is_found_and_names_no_place(folder, tmp_path):
+    place = "/home/somebody/pictures"
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["data"]["dataset"], recipe["overrides"] = place, [f"data.dataset={place}"]
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    training = json.loads((folder / "training.json").read_text()) | {"dataset": "path/to/pictures"}
+    (folder / "training.json").write_text(json.dumps(training))
+    row = deepcopy(OWN[0]) | {"overrides": recipe["overrides"], "command": f"ldae probe {place} --output /a/b.json"}
+    row["training"] |= {"dataset": "path/to/pictures"}
+    write_card(folder, "a/b", [row])
+    assert "ldae probe path/to/pictures --output path/to/b.json" in (folder / "README.md").read_text()
+    for name in ("README.md", "results.jsonl"):
+        assert "somebody" not in (folder / name).read_text()

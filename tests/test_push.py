@@ -3,12 +3,13 @@
 import fcntl
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from forked_runs import Child, lines
-from hub_server import Hub, hub_environment
+from hub_server import Hub, connected, hub_environment
 from safetensors.torch import load_file
 from test_repository import contents, run_in, train
 
@@ -97,7 +98,59 @@ def test_a_signal_leaves_a_push_that_hangs_and_the_same_command_goes_on_with_it(
     assert "README.md" in files_on(hub)
 
 
-def test_one_run_is_pushed_by_one_process_at_a_time_and_by_none_without_a_token(tmp_path, monkeypatch):
+def test_a_run_that_was_killed_leaves_a_push_for_which_that_of_the_next_one_waits(hub, tmp_path, capfd):
+    arrived, released = threading.Event(), threading.Event()
+
+    def hold(method, path, count):
+        if "/commit/" in path:
+            arrived.set()
+            while not (released.wait(0.1) or hub.closed.is_set()):
+                pass
+
+    hub.fault = hold
+    run, home = tmp_path / "run", tmp_path / "home"
+    environment = hub_environment(hub, home, HF_TOKEN=TOKEN)
+    child = Child(run_in(run, push_to_hub=NAME, checkpoint_every=4), environment)
+    while not arrived.wait(0.1):
+        assert child.process.is_alive()
+    os.kill(child.process.pid, signal.SIGKILL)
+    child.process.join(30)
+
+    def push_again():
+        with connected(hub, home):
+            return push_repository(run, NAME)
+
+    child, printed = Child(push_again, environment), ""
+    while "is being pushed by another process; waiting until that ends" not in printed:
+        assert child.process.is_alive()
+        printed += capfd.readouterr().err
+        time.sleep(0.1)
+    released.set()
+    assert child.join()
+    assert {name: (run / "hub" / name).read_bytes() for name in contents(run / "hub")} == files_on(hub)
+
+
+def test_a_push_of_a_training_has_no_picture_if_it_is_not_to_and_no_module_of_the_working_directory(
+    hub, tmp_path, monkeypatch
+):
+    for module in ("random", "torch"):
+        (tmp_path / f"{module}.py").write_text("raise AssertionError('this was imported')")
+    monkeypatch.chdir(tmp_path)
+    environment = hub_environment(hub, tmp_path / "home", HF_TOKEN=TOKEN)
+    run = train(Path("-run"), environment=environment, push_to_hub=NAME, hub_pictures=False)
+    assert list((run / "pictures").iterdir())
+    assert [name for name in files_on(hub) if name.startswith("pictures/")] == ["pictures/directions.png"]
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_run_that_may_not_ask_the_hub_is_not_begun_with_a_push(hub, tmp_path, variable):
+    environment = hub_environment(hub, tmp_path / "home", HF_TOKEN=TOKEN) | {"HF_HUB_OFFLINE": "", variable: "1"}
+    with pytest.raises(ValueError, match="while HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it"):
+        train(tmp_path / "run", environment=environment, push_to_hub=NAME)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_run_is_pushed_by_one_process_at_a_time_and_by_none_without_a_token(tmp_path, monkeypatch, capfd):
     (tmp_path / "checkpoints").mkdir()
 
     def hold():
@@ -109,13 +162,17 @@ def test_one_run_is_pushed_by_one_process_at_a_time_and_by_none_without_a_token(
     child = Child(hold)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with pytest.raises(ValueError, match="is being pushed by another process; wait until that ends"):
-        push_repository(tmp_path, NAME)
-    monkeypatch.delenv("HF_TOKEN")
+    killed = threading.Event()
+
+    def kill():
+        killed.set()
+        child.process.kill()
+
+    threading.Timer(0.5, kill).start()
+    with one_at_a_time(tmp_path / "push.lock"):
+        assert killed.is_set()
+    child.process.join(30)
+    assert "is being pushed by another process; waiting until that ends" in capfd.readouterr().err
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ValueError, match="cannot be written without a token"):
         push_repository(tmp_path, NAME)
-    child.process.kill()
-    child.process.join()
-    with one_at_a_time(tmp_path / "push.lock"):
-        pass

@@ -9,8 +9,12 @@ pretraining/                       the whole model with decoder, scheduler and m
 """
 
 import fcntl
+import json
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,6 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from .cards import write_card
+from .cards.facts import public_json
 from .configuration_ldae import CONVOLUTIONAL_TOKENIZERS, LDAEConfig
 from .export import write_exports
 from .golden import GOLDEN_FEATURES, write_golden_features
@@ -38,6 +43,7 @@ from .training.starting_point import PRETRAINING
 
 
 BESIDE_THE_MODEL = (PROCESSOR, BASIS_NAME, "recipe.json", "training.json")
+FACTS = ("recipe.json", "training.json", "exports.json")
 TOKENIZER, PICTURES = "tokenizer", "pictures"
 # What an earlier push may have left of these, and this one does not have, is deleted.
 PARTS = [f"{folder}/*" for folder in (".eval_results", PICTURES, PRETRAINING, "timm", TOKENIZER, "vit")]
@@ -54,6 +60,7 @@ def build_repository(
     repo_id: str | None = None,
     rows: Iterable[dict] = (),
     pictures: bool = True,
+    links: bool = False,
 ) -> Path:
     """Writes `folder`; one that was built before is replaced when the new one is complete.
 
@@ -62,6 +69,7 @@ def build_repository(
         repo_id: `owner/name`, for the card.
         rows: of a ledger; the card shows those of this model.
         pictures: with the newest picture that the run painted, which shows images of the data set.
+        links: tensors may be further names of the model's own files, so that who writes into one damages that.
 
     Raises:
         ValueError: there is no such model, it has not been saved yet, or `folder` was not built here.
@@ -88,7 +96,7 @@ def build_repository(
         model.check_processor(processor)
         if not (path / GOLDEN_FEATURES).exists():
             write_golden_features(path, model.base_model)
-        if model.config.tokenizer not in CONVOLUTIONAL_TOKENIZERS:
+        if model.config.is_plain_vit:
             write_exports(path, model, processor)
         if checkpoint is not None:
             write_folder(path / PRETRAINING, lambda pretraining: write_pretraining(pretraining, checkpoint))
@@ -100,26 +108,46 @@ def build_repository(
             check_inside(painted[-1], source)
             shutil.copyfile(painted[-1], path / PICTURES / "denoising.png")
         write_remote_code(path)
+        hide_paths(path)
         write_card(path, repo_id, rows)
+        if not links:
+            break_links(path)
         if checkpoint is not None and not checkpoint.is_dir():  # else all that was taken of it was whole
             raise OSError(f"{checkpoint} was removed by its run while it was read; push once more.")
 
-    write_folder(folder, write, unlisted=EDITED)
+    with ended_by_exception():
+        write_folder(folder, write, unlisted=EDITED)
     return folder
 
 
 def parts_of(source: Path) -> tuple[Path | None, Path | None]:
-    """The folders of the encoder and of the whole model, where there are any."""
+    """The folders of the encoder and of the whole model, where there are any; both are of one step.
+
+    No encoder: that of the whole model is to be taken.
+    """
     if (source / "checkpoints").is_dir():
         encoder = source / "encoder" if (source / "encoder" / MANIFEST).is_file() else None
-        has_none = encoder is not None and not checkpoints(source / "checkpoints")  # they were deleted
-        return encoder, None if has_none else newest_in_run(source / "checkpoints")
+        if encoder is not None and not checkpoints(source / "checkpoints"):  # they were deleted
+            return encoder, None
+        checkpoint = newest_in_run(source / "checkpoints")
+        if encoder is not None and steps_of(encoder) != steps_of(checkpoint):
+            print(
+                f"warning: {encoder} is of another step than {checkpoint}, the newest one that is whole; that is taken."
+            )
+            encoder = None
+        return encoder, checkpoint
     if not (source / CONFIG).is_file():
         raise ValueError(f"{source} holds no run, no checkpoint and no encoder; name a folder that does.")
     if (source / PRETRAINING / CONFIG).is_file():  # a repository, downloaded or built before
         return source, source / PRETRAINING
     whole = ModelFolder(source, "float32").model_class is LDAEForPreTraining
     return (None, source) if whole else (source, None)
+
+
+def steps_of(folder: Path) -> object:
+    """For how many steps a model was trained, as its `training.json` says; None if it has none."""
+    training = public_json(folder / "training.json") if (folder / "training.json").is_file() else None
+    return training.get("steps") if isinstance(training, dict) else None
 
 
 def load_model(folder: Path) -> LDAEPreTrainedModel:
@@ -157,11 +185,27 @@ def copy(source: str | Path, target: str | Path) -> None:
     shutil.copyfile(source, target)
 
 
+def break_links(folder: Path) -> None:
+    """Gives every file of a folder content of its own."""
+    for file in [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink > 1]:
+        aside = file.with_name(f".{file.name}.copy")
+        shutil.copyfile(file, aside)
+        aside.replace(file)
+
+
 def write_pretraining(folder: Path, checkpoint: Path) -> None:
     """What it takes to train on: the whole model, its scheduler, the moving average; no optimizer's state."""
     take(checkpoint, folder, CONFIG, WEIGHTS, EMA, TOKENIZER, *BESIDE_THE_MODEL)
     write_auto_maps(folder)  # the code itself lies at the repository's root
     LDAEScheduler.for_model(LDAEConfig.from_pretrained(folder)).save_pretrained(folder / "scheduler")
+    hide_paths(folder)
+
+
+def hide_paths(folder: Path) -> None:
+    """Leaves of the absolute paths in a folder's JSON files their last names."""
+    for file in folder.rglob("*.json"):
+        if (public := public_json(file)) != json.loads(file.read_bytes()):
+            file.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def directions_picture(processor: LDAEImageProcessor):
@@ -177,7 +221,7 @@ def push_repository(
     source: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None, **options
 ) -> str:
     """Builds the repository, of a run in its `hub/`, and uploads what the Hub does not have of it; broken off, the same
-    call goes on.
+    call goes on. Another push of the same run is waited for: it may be that of a training which was killed.
 
     Args:
         source, options: as in [`build_repository`]. repo_id: `owner/name`. private: of a repository that is made.
@@ -187,7 +231,7 @@ def push_repository(
         The address of the commit.
 
     Raises:
-        ValueError: a bad name, no access, another push of the same run, or what `build_repository` raises.
+        ValueError: a bad name, no access, or what `build_repository` raises.
         OSError: the network, or the disk.
     """
     check_repo_id(repo_id)
@@ -198,7 +242,7 @@ def push_repository(
     is_run = (source / "checkpoints").is_dir()
     with TemporaryDirectory() as elsewhere, one_at_a_time(source / LOCK) if is_run else nullcontext():
         folder = source / "hub" if is_run else Path(elsewhere) / "repository"
-        build_repository(source, folder, repo_id=repo_id, **options)
+        build_repository(source, folder, repo_id=repo_id, links=True, **options)
         whole = (folder / PRETRAINING).is_dir()  # else an earlier push's is not ours to delete
         stale = [pattern for pattern in PARTS if whole or not pattern.startswith(PRETRAINING)]
         return upload(folder, repo_id, private=private or None, revision=revision, delete_patterns=stale)
@@ -206,10 +250,32 @@ def push_repository(
 
 @contextmanager
 def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Raises ValueError if another process is within it."""
+    """Waits while another process is within it; one that has ended, however it did, is not."""
     with open(lock, "ab") as stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{lock.parent} is being pushed by another process; wait until that ends.") from error
+        except OSError:
+            print(
+                f"{lock.parent} is being pushed by another process; waiting until that ends",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.lockf(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def ended_by_exception() -> Iterator[None]:
+    """Within it SIGTERM raises SystemExit, so that what was half-written is removed.
+
+    Not in a thread, where it cannot, nor where somebody else deals with the signal.
+    """
+    is_free = threading.current_thread() is threading.main_thread()
+    if not is_free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

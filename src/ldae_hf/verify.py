@@ -4,23 +4,37 @@ Nothing in it is trusted: no pickle is read and no code is run, and whatever a f
 check with a sentence, not a crash.
 """
 
+import copy
 import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from .golden import GOLDEN_FEATURES
 from .image_processing_ldae import LDAEImageProcessor
 from .manifest import MANIFEST, is_intact, read_manifest
-from .model_checks import CONFIG, PROCESSOR, TOLERANCES, WEIGHTS, Failed, ModelFolder, NotChecked, some
+from .model_checks import (
+    CONFIG,
+    PROCESSOR,
+    TOLERANCES,
+    WEIGHTS,
+    Failed,
+    ModelFolder,
+    NotChecked,
+    nearly_equal,
+    some,
+)
 
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
 ON_THE_HUB = (".gitattributes", "README.md")  # which are made or edited there
 TOKENIZER = "ldae_tokenizer.json"  # latent_tokenizers, which names it too, needs diffusers
+EMA = "training/ema.safetensors"  # training.checkpointing, which names it too, needs accelerate
 
 
 @dataclass(frozen=True)
@@ -70,11 +84,16 @@ def verify(folder: str | Path, dtype: str = "float32") -> list[Check]:
 
 def checks_of_repository(folder: Path, dtype: str) -> list[Check]:
     """What a published repository has beside the encoder, where it has it."""
-    stock, whole, found = folder / "vit", folder / "pretraining", []
+    stock, timm, whole, found = folder / "vit", folder / "timm", folder / "pretraining", []
     if stock.is_dir():
         found += look(stock, {"features": lambda: ModelFolder(folder, dtype).stock_features(stock)})
+    if timm.is_dir():
+        model = ModelFolder(folder, "float32")
+        found += look(timm, {"weights": lambda: timm_weights(timm, model), "features": lambda: timm_features(model)})
     if whole.is_dir():
         found += look(whole, {"hashes": lambda: hashes(whole, True), **(checks_of(whole, dtype) or {})})
+        noise = whole / "scheduler"
+        found += look(noise, {"scheduler": lambda: scheduler(noise, ModelFolder(whole, dtype))}) * noise.is_dir()
     return found
 
 
@@ -96,7 +115,8 @@ def checks_of(folder: Path, dtype: str) -> dict[str, Callable[[], str]] | None:
             return {"weights": not_ours} | finite
         model = ModelFolder(folder, dtype)
         names = ("weights", "tables", "basis", "features", "recipe")
-        return {name: getattr(model, name) for name in names} | finite
+        mean = {"average": lambda: average(model)} if (folder / EMA).exists() else {}
+        return {name: getattr(model, name) for name in names} | mean | finite
     if (folder / PROCESSOR).exists():
         return {"processor": lambda: processor(folder)}
     return finite if (folder / "training").is_dir() else None  # of the training of a tokenizer
@@ -151,7 +171,71 @@ def finite_values(folder: Path) -> str:
     return f"{seen} tensors"
 
 
-def stated(file: Path, key: str) -> str | None:
+def average(model: ModelFolder) -> str:
+    """The moving average has a value of the same shape for every parameter, and for nothing else."""
+    model.check_shapes()  # before a model of the configuration's size is made
+    with torch.device("meta"):
+        parameters = dict(model.model_class(copy.deepcopy(model.config)).named_parameters())
+    expected = {name: tuple(value.shape) for name, value in parameters.items()}
+    with safe_open(model.folder / EMA, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    if other := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        raise Failed(f"{EMA} is not of the model's parameters: see {some(other)}")
+    return f"{len(found)} tensors, of the model's parameters"
+
+
+def scheduler(folder: Path, model: ModelFolder) -> str:
+    """The scheduler loads, and has the noise levels of the configuration beside it."""
+    try:
+        from .scheduling_ldae import LDAEScheduler
+    except ImportError:
+        raise NotChecked("diffusers is not installed") from None
+    expected = LDAEScheduler.for_model(model.config)
+    for key, value in expected.config.items():  # before a table as long as it likes is made
+        if not key.startswith("_") and stated(folder / "scheduler_config.json", key) != value:
+            raise Failed(f"scheduler_config.json is not of the model's noise: see {key}")
+    loaded = LDAEScheduler.from_pretrained(folder, local_files_only=True)
+    if not expected.agrees_with(loaded):
+        raise Failed("loaded, it has other noise levels than the model")
+    return f"{len(loaded)} noise levels, those of the model"
+
+
+def timm_weights(folder: Path, model: ModelFolder) -> str:
+    """The folder for timm holds the encoder, folded, under timm's names, and the shape of it."""
+    from .export import fold, timm_state_dict
+    from .export.timm_vit import timm_arguments
+
+    expected, found = timm_state_dict(fold(model.load(torch.float32))), load_file(folder / WEIGHTS)
+    if stated(folder / CONFIG, "model_args") != timm_arguments(model.config):
+        raise Failed(f"{CONFIG} is not of the encoder's shape: see model_args")
+    other = [name for name in expected.keys() & found.keys() if not nearly_equal(found[name], expected[name])]
+    if other := sorted({*other, *(expected.keys() ^ found.keys())}):
+        raise Failed(f"{WEIGHTS} does not hold the encoder as timm has it: see {some(other)}")
+    return f"{len(found)} tensors, those of the encoder, folded"
+
+
+@torch.no_grad()
+def timm_features(model: ModelFolder) -> str:
+    """What timm's own class makes of the fixed images with these weights."""
+    from .export import fold
+    from .export.parity import NotMeasured, relative_difference, through_timm
+
+    if not (model.folder / GOLDEN_FEATURES).exists():
+        raise NotChecked("no golden features")
+    golden = load_file(model.folder / GOLDEN_FEATURES)
+    loaded = model.load(torch.float32)
+    try:
+        forward = through_timm(fold(loaded.base_model))
+    except NotMeasured as error:
+        raise NotChecked("timm is not installed" if "No module named 'timm'" in str(error) else str(error)) from None
+    difference = relative_difference(forward(golden["pixels"] / 127.5 - 1), golden["last_hidden_state"])
+    sentence = f"those of timm's own class differ by {difference:.1e} in float32"
+    if not difference <= TOLERANCES["float32"]:
+        raise Failed(f"{sentence}, more than {TOLERANCES['float32']:g}")
+    return sentence
+
+
+def stated(file: Path, key: str) -> object:
     """What a configuration says of itself, if it does."""
     try:
         found = json.loads(file.read_text())

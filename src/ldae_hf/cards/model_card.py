@@ -6,6 +6,7 @@ the source links to it. Names that others chose (of recipes, data sets, classes,
 """
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterable
@@ -74,7 +75,7 @@ def render_card(facts: CardFacts, repo_id: str | None = None, rows: Iterable[dic
             pictures=sorted(filter(_is_picture, facts.files)),
             **dict(plain=plain, code=code, line=line, argument=argument, quote=quote, title=title),
         )
-    except (LookupError, TypeError, ValueError, ArithmeticError, TemplateError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError, TemplateError) as error:
         files = "recipe.json, training.json, exports.json"
         raise ValueError(f"The files of {name} ({files}), or its rows, hold what no card can show: {error}.") from error
     return re.sub(r"\n{3,}", "\n\n", str(card)).strip() + "\n"
@@ -182,4 +183,6 @@ def _entry(result: Result) -> EvalResultEntry:
 def _numbers_checked(training: dict) -> dict:
     """Without what should be a number and is none."""
     numbers = ("steps", "images_seen", "minutes", "threads")
-    return {key: value for key, value in training.items() if key not in numbers or type(value) in (int, float)}
+    given = {key: training[key] for key in numbers if key in training}
+    wrong = [key for key, value in given.items() if type(value) not in (int, float) or not math.isfinite(value)]
+    return {key: value for key, value in training.items() if key not in wrong}

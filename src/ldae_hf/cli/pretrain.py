@@ -84,6 +84,12 @@ def pretrain(
         ),
     ] = None,
     hub_private: Annotated[bool, typer.Option(help="A repository that is made for it is private.")] = False,
+    hub_pictures: Annotated[
+        bool,
+        typer.Option(
+            "--pictures/--no-pictures", help="Push the run's newest picture too, which shows training images."
+        ),
+    ] = True,
 ):
     """Pre-train l-DAE; running the same command again resumes.
 

@@ -26,9 +26,10 @@ def verify(
       basis     the PCA in the weights is the processor's, and a learned tokenizer the one beside it
       features  of fixed images they are what they were: within 1e-3 in float32, 2e-2 in bfloat16
       recipe    recipe.json describes the model
+      average   the moving average is one of the model's parameters
       finite    no NaN, no infinity, in the optimizer and the EMA neither
 
-    Of a published repository vit/ and pretraining/ are looked at too.
+    Of a published repository vit/, timm/ and pretraining/ with its scheduler are looked at too.
 
     \b
     ldae verify runs/mine

@@ -1,10 +1,13 @@
 """Pushing a run to the Hub while it trains, in a process of its own: whatever happens there, the training goes on."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from ..hub import check_repo_id, write_token
 from .session import Session
@@ -24,21 +27,32 @@ class BackgroundPush:
 
     Args:
         folder: of the run. repo_id: `owner/name`, or None for no push. private: of a repository that is made.
+        pictures: with the newest picture of the run, which shows images of the data set.
         session: of the run; in all but the main process nothing is pushed.
 
     Raises:
-        ValueError: the name is none, or there is no token: before anything is trained.
+        ValueError: the name is none, there is no token, or the Hub is not to be asked: before anything is trained.
     """
 
-    def __init__(self, folder: Path, repo_id: str | None, private: bool, session: Session):
+    def __init__(self, folder: Path, repo_id: str | None, private: bool, pictures: bool, session: Session):
         if repo_id is not None:
             check_repo_id(repo_id)
             if "/" not in repo_id:
                 raise ValueError(f"{repo_id!r} names no owner; write OWNER/NAME.")
+            offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE", "")
+            if offline.upper() in constants.ENV_VARS_TRUE_VALUES:  # as the pushing process will read it
+                raise ValueError(
+                    f"Nothing can be pushed to {repo_id} while HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset "
+                    "it, or train without a push; `ldae push` does it later."
+                )
             session.on_main(lambda: write_token(None, repo_id))
         self.folder, self.repo_id, self.session = folder, repo_id, session
-        self.command = [sys.executable, "-m", "ldae_hf.cli", "push", str(folder), str(repo_id)]
-        self.command += ["--private"] if private else []
+        options = ["--private"] * private + ["--no-pictures"] * (not pictures)
+        # The path in full: a name that begins with "-" would be an option.
+        words = ["push", *options, str(folder.absolute()), str(repo_id)]
+        # -P: else a random.py in the working directory would be imported in the place of Python's.
+        self.command = [sys.executable, "-P", "-m", "ldae_hf.cli", *words]
+        self.by_hand = shlex.join(["ldae", *words])
         self.active = repo_id is not None and session.accelerator.is_main_process
         self._process: subprocess.Popen | None = None
         session.at_exit(self.stop)
@@ -74,7 +88,7 @@ class BackgroundPush:
         self.begin()
         if self._process is None:
             return
-        again = f"the same command, or ldae push {self.folder} {self.repo_id}, goes on with it"
+        again = f"the same command, or {self.by_hand}, goes on with it"
         self._print(f"pushing to {self.repo_id} ({self.folder / LOG}); after a Ctrl-C {again}")
         code = self._wait()
         if code == 0:

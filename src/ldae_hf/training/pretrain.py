@@ -36,7 +36,7 @@ from .optimization import ExponentialMovingAverage, Plan, adamw, update
 from .pictures import watched_images
 from .publishing import published
 from .replay import note_failure
-from .run_folder import check_options, check_same_run, identity, newest_checkpoint
+from .run_folder import check_options, check_same_run, check_start_fits, identity, newest_checkpoint
 from .session import RunError, Session, make_accelerator
 from .sharding import whole
 from .starting_point import StartingPoint, check_start
@@ -85,6 +85,7 @@ def pretrain(
     max_minutes: float | None = None,
     push_to_hub: str | None = None,
     hub_private: bool = False,
+    hub_pictures: bool = True,
 ) -> Path | None:
     """Pre-trains l-DAE, or goes on with a run that stands in `output_dir`.
 
@@ -129,6 +130,7 @@ def pretrain(
         max_steps, max_minutes: stop early, with a checkpoint; the same command goes on from there.
         push_to_hub: `owner/name` on the Hub, to which the run is pushed after each checkpoint and at its end, by a
             process of its own (`push.log`) that cannot disturb it. hub_private: of a repository that is made for it.
+            hub_pictures: with the newest picture of the run, which shows images of the data set.
 
     Returns:
         The encoder's folder, or None if the run stopped early.
@@ -165,7 +167,7 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     run = {"seed": seed, "recipe": recipe.to_dict()}
     check_same_run(output_dir, run)
     encoder = output_dir / "encoder"
-    push = BackgroundPush(output_dir, options.push_to_hub, options.hub_private, session)
+    push = BackgroundPush(output_dir, options.push_to_hub, options.hub_private, options.hub_pictures, session)
     if (encoder / MANIFEST).is_file():
         accelerator.print(f"this run is finished; encoder: {encoder}")
         push.finish()
@@ -177,6 +179,8 @@ def run(session: Session, options: SimpleNamespace) -> Path | None:
     start = None if options.start_from is None or begun else StartingPoint(options.start_from, session)
     if start is not None:
         options.processor, options.tokenizer = start.folder, start.tokenizer
+        if other := check_start_fits(start, method.config):
+            accelerator.print(f"warning: {start.source} was trained for another task: {'; '.join(other)}")
     dataset = data["dataset"] if options.dataset is None else options.dataset
     told = {
         key: getattr(options, key) for key in ("streaming", "image_column", "label_column", "num_images", "quarantine")
