@@ -1,11 +1,19 @@
 import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from ldae_hf.cli import app
 from ldae_hf.cli.evaluation_options import evaluation_options
+from ldae_hf.cli.options import EXTRAS
 from ldae_hf.recipes import load_recipe, recipe_names, tier_names
+
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def ldae(*arguments):
@@ -86,6 +94,32 @@ def test_a_users_error_is_one_line_and_exit_code_2(arguments, message):
     assert result.stdout == ""
     assert result.stderr.startswith("Error: ") and message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "arguments"),
+    [
+        ("datasets", "train", ["probe", "encoder"]),
+        ("accelerate", "train", ["pretrain", "l_dae", "--output-dir", "run"]),
+        ("scipy", "eval", ["compare", "l_dae", "mae"]),
+        ("matplotlib", "eval", ["figure", "schedules"]),
+    ],
+)
+def test_what_a_plain_installation_lacks_is_named_with_the_extra_that_brings_it(
+    missing, extra, arguments, monkeypatch, tmp_path
+):
+    script = f"import sys; sys.modules[{missing!r}] = None; from ldae_hf.cli import app; app({arguments!r})"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 2
+    remedy = f"Error: This needs {missing}, which is not installed; pip install 'ldae-hf[{extra}]' brings it."
+    assert remedy in shown.stderr and "Traceback" not in shown.stderr
+
+
+def test_the_extras_are_those_of_the_project():
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        distribution = {"sklearn": "scikit-learn"}.get(package, package)
+        assert any(requirement.startswith(distribution) for requirement in extras[extra])
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_error(monkeypatch):

@@ -24,6 +24,7 @@ from ldae_hf.evaluation.feature_maps import state_fingerprint
 from ldae_hf.evaluation.fid import run_fid
 from ldae_hf.evaluation.frechet import FeatureStatistics, frechet_distance
 from ldae_hf.evaluation.generators import load_generator
+from ldae_hf.evaluation.rerun import differing, rerun
 from ldae_hf.evaluation.sample_noise import noise_generators
 from ldae_hf.evaluation.samples import to_uint8
 from ldae_hf.recipes import load_recipe
@@ -143,6 +144,28 @@ def test_the_floor_of_noise_is_what_generation_begins_with(checkpoint, processor
         for pixels in (to_uint8(pipeline.decode(begun[0], "pt")), reference)
     )
     assert row["floors"]["noise"]["frechet_distance"] == pytest.approx(frechet_distance(noise, real), rel=1e-4)
+
+
+def test_a_row_names_the_images_of_its_floors_and_the_command_that_gives_it_again(checkpoint, extractor, images, row):
+    floors = row["protocol"]["floors"]
+    assert (floors["dataset"], floors["split"], floors["images"]) == (str(images), "test", 32)
+    assert f"ldae fid {checkpoint} --dataset {images} --split train --test-split test" in row["rerun"]
+    again = rerun(row)
+    assert again.differs == [] and again.command == row["rerun"]
+    assert again.row["rerun"] == row["rerun"]
+
+
+def test_rows_from_before_floors_were_described_are_compared_as_ever(row):
+    old = copy.deepcopy(row)
+    del old["protocol"]["floors"], old["rerun"]
+    assert comparable(old, row) and comparable(row, old)
+    assert differing(old, row, 0)[0] == []
+
+
+def test_a_row_of_objects_in_memory_has_no_command(checkpoint, extractor, row, tmp_path):
+    pipeline, dataset = load_generator(checkpoint).pipeline, row["protocol"]["reference"]["dataset"]
+    measured = run_fid(pipeline, dataset, extractor=extractor, **OPTIONS, samples_dir=tmp_path)
+    assert measured["rerun"] is None and measured["frechet_distance"] == row["frechet_distance"]
 
 
 def test_two_processes_measure_what_one_does(checkpoint, extractor, row, tmp_path):

@@ -1,5 +1,6 @@
 """The pipeline against diffusers' schedulers on the same network, and against what sampling has to leave unchanged."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from torch import nn
 from ldae_hf import LDAEConfig, LDAEPipeline, LDAEScheduler
 from ldae_hf.configuration_ldae import NOISE_SCHEDULES
 from ldae_hf.patch_tokenizers import unpatchify
+from ldae_hf.pipeline_ldae import FIXED_STRIDE
 
 
 __all__ = ["processors"]  # a fixture
@@ -102,6 +104,42 @@ def test_diffusers_deterministic_schedulers_drive_every_model_along_the_same_pat
         pipeline.scheduler = pipeline.scheduler.to_stock(getattr(diffusers, name))
         theirs = images(pipeline, steps=steps)
         assert (ours - theirs).abs().max() < 5e-3 and (ours - theirs).abs().mean() < 1e-4, noise_schedule
+
+
+@pytest.mark.parametrize("name", sorted(FIXED_STRIDE))
+@pytest.mark.parametrize(
+    ("noise_schedule", "steps", "advice"),
+    [
+        ("linear_sigma", 300, "1000 // 300 = 3 levels.*take 250 or 500 steps, or LDAEScheduler"),
+        ("linear_sigma", 600, "1000 // 600 = 1 levels.*take 500 or 1000 steps"),
+        ("linear_gamma_squared", 10, "999 // 10 = 99 levels.*take 9 or 27 steps"),
+    ],
+)
+def test_a_scheduler_that_would_miss_its_own_levels_is_refused(name, noise_schedule, steps, advice, processors):
+    pipeline = pipeline_of(processors, noise_schedule)
+    settings = dict(snr_shift_scale=1.0) if name.startswith("Cog") else {}  # else their levels are not the model's
+    pipeline.scheduler = pipeline.scheduler.to_stock(name, **settings)
+    with pytest.raises(ValueError, match=f"{name} steps by {advice}"):
+        images(pipeline, steps=steps)
+
+
+def test_the_schedulers_with_a_fixed_stride_are_those_of_diffusers_that_the_model_can_have():
+    source = "- self.config.num_train_timesteps // self.num_inference_steps"
+    found = set()
+    for name in dir(diffusers):
+        scheduler = getattr(diffusers, name) if name.endswith("Scheduler") else None
+        if isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin):
+            if "trained_betas" in scheduler._get_init_keys(scheduler) and source in inspect.getsource(scheduler):
+                found.add(name)
+    assert found - {"DDIMInverseScheduler", "RePaintScheduler"} == FIXED_STRIDE  # these two do not generate
+
+
+@pytest.mark.parametrize("name", ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"])
+def test_a_scheduler_that_leads_to_noise_does_not_generate(name, processors):
+    pipeline = pipeline_of(processors)
+    pipeline.scheduler = pipeline.scheduler.to_stock(name)
+    with pytest.raises(ValueError, match="leads from images to noise"):
+        images(pipeline)
 
 
 @pytest.mark.parametrize("noise_schedule", SAMPLING)
@@ -331,6 +369,25 @@ def test_a_saved_pipeline_generates_the_same_images_in_bf16_too(labelled, tmp_pa
     assert half.model.dtype == torch.bfloat16 and half.model.ldae.tokenizer.mean.dtype == torch.float32
     difference = images(half, class_labels=[0, 1], eta=1.0) - images(labelled, class_labels=[0, 1], eta=1.0)
     assert 0 < difference.abs().mean() < 0.05
+
+
+def test_a_pipeline_taken_to_bf16_is_the_one_loaded_in_bf16(labelled, tmp_path):
+    labelled.save_pretrained(tmp_path)
+    loaded = quiet(LDAEPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    for place in ((torch.bfloat16,), ("cpu", torch.bfloat16)):
+        taken = quiet(LDAEPipeline.from_pretrained(tmp_path)).to(*place)
+        assert torch.equal(images(taken, class_labels=[0, 1]), images(loaded, class_labels=[0, 1]))
+    assert taken.to("cpu").model.dtype == taken.to(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert taken.to(dtype=torch.float32).model.dtype == torch.float32
+    with pytest.raises(ValueError, match="one dtype, not torch.bfloat16 and torch.float16"):
+        taken.to(torch.bfloat16, dtype=torch.float16)
+
+
+def test_an_autoencoder_stays_in_fp32_when_its_pipeline_is_taken_to_bf16():
+    model, processor, learned = build_recipe(LDAEConfig(**json.loads(config_of("replace_noise_schedule"))))
+    pipeline = quiet(LDAEPipeline(model, processor, vae=learned.autoencoder)).to(torch.bfloat16)
+    assert pipeline.model.dtype == torch.bfloat16 and pipeline.vae.dtype == torch.float32
+    assert images(pipeline).isfinite().all()
 
 
 def test_a_convolutional_tokenizers_autoencoder_is_saved_as_the_vae(tmp_path):

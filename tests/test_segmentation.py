@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Array2D, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tiny_encoder import save_tiny_encoder
 from typer.testing import CliRunner
 
@@ -163,6 +163,63 @@ def test_rows_that_cannot_be_used_are_left_out_with_their_reasons():
 def test_a_mask_that_is_none_is_refused(mask, message):
     with pytest.raises(BadImageError, match=message):
         read_mask(mask)
+
+
+TAG = ExifTags.Base.Orientation
+
+
+def with_orientation(file: dict, orientation: int) -> dict:
+    """A file with the same pixels as stored and a tag that says how to turn them."""
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[TAG] = orientation
+    Image.open(io.BytesIO(file["bytes"])).save(turned, "PNG", exif=exif)
+    return {"bytes": turned.getvalue(), "path": None}
+
+
+def shown(file: dict) -> np.ndarray:
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file["bytes"]))))
+
+
+def turned_scene(orientation: int, height: int = 20) -> tuple[dict, np.ndarray, np.ndarray]:
+    """An image file with a tag, its mask as stored, and its mask as shown; a pixel is ten times its class."""
+    mask = np.arange(height * 32, dtype=np.uint8).reshape(height, 32) % 23
+    image = with_orientation(as_png(np.repeat(mask[..., None] * 10, 3, axis=2)), orientation)
+    return image, mask, shown(image)[..., 0] // 10
+
+
+def read_pair(image: dict, mask: dict | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    stored = mask if isinstance(mask, dict) else as_png(mask)
+    features = Features({"image": ImageFeature(), "mask": ImageFeature()})
+    source = load_label_maps(Dataset.from_dict({"image": [image], "mask": [stored]}, features=features))
+    return source.read(0, 20)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_mask_lies_on_a_turned_image_whether_it_was_drawn_on_the_stored_or_the_shown_one(orientation):
+    image, as_stored, as_shown = turned_scene(orientation)
+    assert as_stored.shape == as_shown.shape[::-1]
+    for mask in (as_stored, as_shown, with_orientation(as_png(as_stored), orientation)):
+        pixels, classes = read_pair(image, mask)
+        assert (pixels[0] == classes * 10).all()
+
+
+@pytest.mark.parametrize(("orientation", "height"), [(2, 20), (3, 20), (4, 20), (3, 32), (6, 32)])
+def test_a_mask_that_may_belong_to_either_is_refused_unless_it_says_how_it_is_turned(orientation, height):
+    image, as_stored, as_shown = turned_scene(orientation, height)
+    for mask in (as_stored, as_shown):
+        with pytest.raises(BadImageError, match=f"turned by its EXIF orientation {orientation}, and its mask, which"):
+            read_pair(image, mask)
+    pixels, classes = read_pair(image, with_orientation(as_png(as_stored), orientation))
+    if height == 20:
+        assert (pixels[0] == classes * 10).all()
+    upright = with_orientation(as_png(as_shown), 1), with_orientation(image, 1)
+    assert read_pair(upright[1], as_stored)[1].shape == (20, 20)  # an image that is not turned needs nothing said
+
+
+def test_a_mask_of_another_size_than_the_stored_and_the_shown_image_is_refused():
+    image, as_stored, _ = turned_scene(6)
+    with pytest.raises(BadImageError, match="The mask has 32x19 pixels, its image 20x32 .as stored 32x20"):
+        read_pair(image, as_stored[:-1])
 
 
 def test_a_mask_of_instances_is_refused():

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -63,6 +64,19 @@ class SafeLoading:
         for table, value in zip((schedule.gammas, schedule.sigmas), schedule.tables(), strict=True):
             table.copy_(value)
         return (model, info) if output_loading_info else model
+
+    def _apply(self, fn, recurse=True):
+        """What `to(dtype)`, `half()` and their like go through, of this module or of one around it: the parts in
+        `_keep_in_fp32_modules_strict` are never rounded to less than fp32, as `from_pretrained(dtype=...)` has it."""
+        parts = [part for name, part in self.named_children() if name in self._keep_in_fp32_modules_strict]
+        kept = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+
+        def convert(tensor):
+            moved = fn(tensor)
+            rounded = id(tensor) in kept and moved.dtype != tensor.dtype and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if rounded else moved
+
+        return super()._apply(convert, recurse)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):

@@ -28,6 +28,14 @@ from .scheduling_ldae import LDAEScheduler
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+# diffusers' schedulers that take t - T // n for the next of n timesteps, whatever they said that they would visit.
+FIXED_STRIDE = {
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+}
 # The parts of a folder, and the classes that they may be of; a scheduler may also be one of diffusers' own.
 PARTS = {
     "model": ["ldae_hf.modeling_ldae", "LDAEForPreTraining"],
@@ -121,6 +129,19 @@ class LDAEPipeline(DiffusionPipeline):
         if "model" not in kwargs:
             kwargs["model"] = LDAEForPreTraining.from_pretrained(folder / "model", dtype=dtype)
         return super().from_pretrained(folder, use_safetensors=True, **kwargs)
+
+    def to(self, *args, **kwargs) -> "LDAEPipeline":
+        """As diffusers' own, but a dtype is the model's, as in `from_pretrained`: an autoencoder keeps its precision.
+
+        Raises:
+            ValueError: two dtypes, or what diffusers refuses.
+        """
+        dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
+        if len(dtypes) > 1:
+            raise ValueError(f"A pipeline has one dtype, not {dtypes[0]} and {dtypes[1]}.")
+        if dtypes:
+            self.model.to(dtypes[0])
+        return super().to(*(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -224,12 +245,27 @@ class LDAEPipeline(DiffusionPipeline):
     # ---- a step
 
     def _trained_timesteps(self) -> torch.Tensor:
-        """(steps,) int64. Some of diffusers' schedulers count in floats."""
-        timesteps = self.scheduler.timesteps.double()
+        """(steps,) int64. Some of diffusers' schedulers count in floats.
+
+        Raises:
+            ValueError: the scheduler does not lead from noise to images by levels that the model was trained on.
+        """
+        scheduler, timesteps = self.scheduler, self.scheduler.timesteps.double()
         if not torch.equal(timesteps, timesteps.round()):
             raise ValueError(
-                f"{type(self.scheduler).__name__} visits timesteps between those that the model was trained on, "
+                f"{type(scheduler).__name__} visits timesteps between those that the model was trained on, "
                 f"{timesteps.frac().max():.2f} of a step apart; give it a timestep_spacing of whole ones."
+            )
+        if timesteps[0] < timesteps[-1]:
+            raise ValueError(f"{type(scheduler).__name__} leads from images to noise, not from noise to images.")
+        levels, steps = len(scheduler), scheduler.num_inference_steps
+        if FIXED_STRIDE & {kind.__name__ for kind in type(scheduler).__mro__} and levels % steps:
+            whole = [number for number in range(1, levels + 1) if levels % number == 0]
+            near = [max(n for n in whole if n < steps), *(n for n in whole if n > steps)][:2]
+            raise ValueError(
+                f"{type(scheduler).__name__} steps by {levels} // {steps} = {levels // steps} levels, which does not "
+                f"lead through {levels} levels in {steps} steps: take {' or '.join(map(str, near))} steps, or "
+                "LDAEScheduler, which takes any number."
             )
         return timesteps.long()
 

@@ -142,7 +142,7 @@ class LDAEScheduler(SchedulerMixin, ConfigMixin):
         diffusers' schedulers preserve variance. z_t / sqrt(gamma_t² + sigma_t²) does too, for any table, and has the
         same ratios: their cumulative product of 1 - beta is gamma² / (gamma² + sigma²), which is what they are given.
         [`LDAEPipeline`] scales what the network is shown back. diffusers' DDIM steps by T // n: it takes the right
-        steps only where n divides the levels, of which `linear_gamma_squared` has 999.
+        steps only where n divides the levels, of which `linear_gamma_squared` has 999, and is else refused there.
 
         Args:
             scheduler_class: for example `DPMSolverMultistepScheduler`, `EulerDiscreteScheduler`, or its name.

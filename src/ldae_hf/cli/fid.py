@@ -51,14 +51,21 @@ def fid(
     \b
     ldae fid runs/cifar10 --extractor inception.safetensors
     accelerate launch -m ldae_hf.cli fid runs/cifar10 --extractor inception.safetensors --ledger results.jsonl
+
+    Exit code 75: stopped by Ctrl-C, and the same command goes on.
     """
     options = dict(locals())  # each option is the argument of the same name
     from torch import distributed
 
     from ldae_hf.evaluation.distances import distance_table
     from ldae_hf.evaluation.fid import run_fid
+    from ldae_hf.training import EXIT_CODE
 
-    row = run_fid(**options)
+    try:
+        row = run_fid(**options)
+    except KeyboardInterrupt:
+        typer.echo("\nStopped; the samples that were whole are kept, and the same command goes on.", err=True)
+        raise typer.Exit(EXIT_CODE) from None
     if row is not None:  # else this is not the main process
         typer.echo(distance_table(row))
     if distributed.is_initialized():

@@ -13,10 +13,14 @@ from ldae_hf.recipes import tier_names
 # What a user can get wrong and mend (a value, a file, the network, a full disk); the message is the whole answer.
 # Anything else is a bug and shows its traceback.
 USER_ERRORS = (ValueError, OSError)
+# What a plain installation leaves out -> the extra that brings it (pyproject.toml).
+EXTRAS = dict.fromkeys(("accelerate", "datasets", "diffusers", "tensorboard"), "train")
+EXTRAS |= dict.fromkeys(("evaluate", "matplotlib", "scipy", "sklearn"), "eval")
+EXTRAS |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
 
 
 class PlainErrors(TyperGroup):
-    """Prints a user's error on one line and ends with exit code 2."""
+    """Prints a user's error on one line and ends with exit code 2, or with 130 after Ctrl-C."""
 
     def invoke(self, ctx):
         try:
@@ -29,6 +33,16 @@ class PlainErrors(TyperGroup):
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             typer.echo(f"Error: {' '.join(message.split())}", err=True)
             raise typer.Exit(2) from error
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in EXTRAS:
+                raise
+            remedy = f"pip install 'ldae-hf[{EXTRAS[missing]}]'"
+            typer.echo(f"Error: This needs {missing}, which is not installed; {remedy} brings it.", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:  # of what does not save itself, as trainings do
+            typer.echo("\nStopped; what was complete is kept, and nothing else was written.", err=True)
+            raise typer.Exit(130) from None
 
 
 # Help is plain text: it can be copied, and rich need not be imported for it.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
+from torch import distributed
 
 from ..pipeline_ldae import LDAEPipeline
 from ..recipes import Recipe
@@ -21,6 +22,7 @@ from .frechet import FeatureStatistics, frechet_distance
 from .generation_floors import noise_floor, real_floors, reference_statistics, statistics_of
 from .generators import load_generator
 from .ledger import append_to_ledger
+from .rerun import rerun_command
 from .samples import SampleStore, Sampling, ShardedSamples
 
 
@@ -76,8 +78,11 @@ def run_fid(
 
     Raises:
         ValueError: from the model, the extractor, the data set or the samples' folder; before anything is generated.
+            Or another process failed, at any time: its message says why.
     """
     began, state = time.monotonic(), processes()
+    # Of the hosts, whatever the devices use: a process that has ended is noticed at once, and not after a timeout.
+    group = distributed.new_group(backend="gloo", timeout=TIMEOUT) if state.num_processes > 1 else None
     if device is None and state.num_processes > 1:
         device = state.device
     generator = load_generator(source, weights=weights, dtype=dtype, device=device)
@@ -85,34 +90,40 @@ def run_fid(
     device = pipeline.device
     sampling = Sampling(sampler, steps, guidance, seed)
     sampling.check(pipeline)
-    extractor = load_extractor(extractor, device)
+    given_extractor, extractor = extractor, load_extractor(extractor, device)
     drawn = sampling.facts(pipeline, facts["model"])
     samples_dir = default_samples_dir(generator.folder, drawn) if samples_dir is None else Path(samples_dir)
     store = SampleStore(samples_dir, drawn, pipeline.processor.image_size, num_samples)
     store.check()
     if state.is_main_process:
-        reference, test = open_images(dataset, split, test_split, generator.folder)
+        named = named_images(dataset, split, test_split, generator.folder)
+        reference, test = open_images(*named)
         store.begin()
-    state.wait_for_everyone()
+    from_all(group, None)  # wait for the others
     store.check()  # a process may have found a newer checkpoint than the main one did
     if state.is_main_process:  # the others begin to generate
         loading = dict(num_workers=num_workers, cache_dir=cache_dir, progress=progress, batch_size=batch_size)
         compared, described = reference_statistics(extractor, reference, pipeline, **loading)
-        floors = real_floors(extractor, test, pipeline, **loading)
+        floors, floors_described = real_floors(extractor, test, pipeline, **loading)
         floors["noise"] = noise_floor(extractor, pipeline, seed, min(num_samples, NOISE_IMAGES), batch_size)
 
     layout = dict(process=state.process_index, num_processes=state.num_processes, progress=progress)
     samples = ShardedSamples(store, sampling, pipeline, batch_size=batch_size, **layout)
     generated = statistics_of(extractor, (batch for images, _ in samples for batch in images.split(batch_size)), device)
-    generated, images_per_second = together(generated, samples, state)
+    generated, images_per_second = together(generated, samples, group)
     if not state.is_main_process:
         return None
 
+    options = dict(zip(("dataset", "split", "test_split"), named, strict=True))
+    options |= dict(extractor=given_extractor, num_samples=num_samples, steps=steps, sampler=sampler, guidance=guidance)
+    options |= dict(seed=seed, batch_size=batch_size, dtype=facts["dtype"], weights=facts["weights"])
+    options |= dict(num_workers=num_workers)
     counts = {"samples": num_samples, "reference images": compared.count, "test images": floors["real"].count}
     protocol = {
         "extractor": extractor.protocol
         | {"name": extractor.name, "fingerprint": sha256(extractor.fingerprint.encode()).hexdigest()},
         "reference": described,
+        "floors": floors_described,
         "samples": {"count": num_samples, "weights": facts["weights"]}
         | {key: drawn[key] for key in ("seed", "sampler", "steps", "guidance", "labels", "dtype", "scheduler")},
         "model": facts["model"],
@@ -132,6 +143,7 @@ def run_fid(
         "seconds": round(time.monotonic() - began, 1),
         "images_per_second": images_per_second,
         "protocol": protocol,
+        "rerun": rerun_command("fid", options, [source]),
     }
     row = append_to_ledger(row, ledger) if ledger else circumstances() | row
     if output:
@@ -164,13 +176,13 @@ def default_samples_dir(folder: Path | None, facts: dict) -> Path:
     return folder / "samples" / sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def open_images(
+def named_images(
     dataset: str | Path | dict | None, split: str | None, test_split: str | None, folder: Path | None
-) -> tuple[ImageSource, ImageSource]:
-    """The images of the reference and of the test split; what is not given, the recipe says.
+) -> tuple[str | Path | dict, str, str]:
+    """The data set, the split of the reference and that of the floors; what is not given, the recipe says.
 
     Raises:
-        ValueError: nothing names a data set, or it has no such split.
+        ValueError: nothing names a data set.
     """
     defaults = {"train_split": "train", "test_split": "test"}
     if dataset is None:
@@ -178,27 +190,43 @@ def open_images(
             raise ValueError("No data set is given, and no recipe beside the weights names one; name a data set.")
         defaults = Recipe.load(folder).data
         dataset = defaults["dataset"]
-    found = [
-        load_images(dataset, chosen or defaults[name])
-        for name, chosen in (("train_split", split), ("test_split", test_split))
-    ]
+    return dataset, split or defaults["train_split"], test_split or defaults["test_split"]
+
+
+def open_images(dataset: str | Path | dict, split: str, test_split: str) -> tuple[ImageSource, ImageSource]:
+    """The images of the reference and of the floors.
+
+    Raises:
+        ValueError: the data set has no such split, or is a stream.
+    """
+    found = [load_images(dataset, chosen) for chosen in (split, test_split)]
     if any(source.streaming for source in found):
         raise ValueError("A distance needs all images of its reference: give a data set that is not a stream.")
     return tuple(found)
 
 
+def from_all(group: distributed.ProcessGroup | None, value: object) -> list:
+    """What each process hands in, in the order of ranks; all of them call it. Without a group there is one.
+
+    Raises:
+        ValueError: a process is not there any more.
+    """
+    if group is None:
+        return [value]
+    values = [None] * group.size()
+    try:
+        distributed.all_gather_object(values, value, group=group)
+    except RuntimeError as error:  # gloo's, with addresses and line numbers
+        raise ValueError("Another process of this measurement has failed; its message says why.") from error
+    return values
+
+
 def together(
-    statistics: FeatureStatistics, samples: ShardedSamples, state: PartialState
+    statistics: FeatureStatistics, samples: ShardedSamples, group: distributed.ProcessGroup | None
 ) -> tuple[FeatureStatistics, float | None]:
     """Of all processes, the same in each: the statistics, and how many images were generated in a second."""
-    speed = torch.tensor([samples.made, samples.seconds], dtype=torch.float64)
-    if state.num_processes > 1:
-        parts = gather({key: value[None].to(state.device) for key, value in statistics.state_dict().items()})
-        made, seconds = gather(speed[None].to(state.device)).cpu().unbind(1)
-        speed = torch.stack([made.sum(), seconds.max()])
-        statistics = FeatureStatistics(statistics.extractor, statistics.dim)
-        for rank in range(state.num_processes):
-            part = {key: value[rank] for key, value in parts.items()}
-            statistics.merge(FeatureStatistics.from_state_dict(part, statistics.extractor))
-    made, seconds = speed.tolist()
-    return statistics, round(made / seconds, 2) if made else None
+    parts, made, seconds = zip(*from_all(group, (statistics.state_dict(), samples.made, samples.seconds)), strict=True)
+    total = FeatureStatistics(statistics.extractor, statistics.dim)
+    for part in parts:
+        total.merge(FeatureStatistics.from_state_dict(part, statistics.extractor))
+    return total, round(sum(made) / max(seconds), 2) if sum(made) else None

@@ -15,6 +15,7 @@ from .extractors import Extractor
 from .features import Features, extract
 from .floors import TokenizerLatents
 from .frechet import FeatureStatistics
+from .inputs import describe
 from .sample_noise import noise_generators
 from .samples import to_uint8
 
@@ -25,20 +26,21 @@ def reference_statistics(
     """Of all images of a data set's split, and which these are, for the protocol."""
     image_size = pipeline.processor.image_size
     (features,) = extract([extractor], source, image_size, device=pipeline.device, **loading)
-    split = source.dataset.split and str(source.dataset.split)
-    described = {"dataset": source.name, "split": split, "images": len(features.labels)}
-    described |= {"bad_images": features.bad_images, "image_size": image_size}
-    described |= {"preprocessing": "centre crop, bicubic", "fingerprint": source.dataset._fingerprint}
-    return _statistics(extractor, features), described
+    return _statistics(extractor, features), _described(source, features, image_size)
 
 
 def real_floors(
     extractor: Extractor, source: ImageSource, pipeline: LDAEPipeline, **loading
-) -> dict[str, FeatureStatistics]:
-    """Of test images, and of what the tokenizer keeps of them; in one pass."""
-    maps = [extractor, Reconstructions(extractor, pipeline)]
-    found = extract(maps, source, pipeline.processor.image_size, device=pipeline.device, **loading)
-    return {name: _statistics(extractor, part) for name, part in zip(("real", "reconstruction"), found, strict=True)}
+) -> tuple[dict[str, FeatureStatistics], dict]:
+    """Of test images, and of what the tokenizer keeps of them, in one pass; and which images these are."""
+    maps, image_size = [extractor, Reconstructions(extractor, pipeline)], pipeline.processor.image_size
+    found = extract(maps, source, image_size, device=pipeline.device, **loading)
+    floors = {name: _statistics(extractor, part) for name, part in zip(("real", "reconstruction"), found, strict=True)}
+    return floors, _described(source, found[0], image_size)
+
+
+def _described(source: ImageSource, features: Features, image_size: int) -> dict:
+    return describe(source, features) | {"image_size": image_size, "preprocessing": "centre crop, bicubic"}
 
 
 class Reconstructions:

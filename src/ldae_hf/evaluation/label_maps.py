@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from datasets import Array2D, Array3D, Dataset, IterableDataset, LargeList, List
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from ..images import centre_box, resize_crop
@@ -20,6 +20,15 @@ from ..training.workers import shield_from_signals
 
 MASK_COLUMNS = ("mask", "annotation", "label", "labels", "label_map", "semantic_mask", "segmentation_mask", "semseg")
 MASK_MODES = ("1", "L", "P", "I", "I;16")  # one number per pixel; a palette's index is the class
+TURNS = {  # EXIF orientations, as `ImageOps.exif_transpose` applies them
+    2: lambda mask: mask[:, ::-1],
+    3: lambda mask: mask[::-1, ::-1],
+    4: lambda mask: mask[::-1],
+    5: lambda mask: mask.T,
+    6: lambda mask: np.rot90(mask, -1),
+    7: lambda mask: mask[::-1, ::-1].T,
+    8: np.rot90,
+}
 IGNORED = -1
 MOST_CLASSES = 1000
 
@@ -53,14 +62,13 @@ class LabelMapSource:
         The image is resized bicubically, the mask to the nearest pixel, both from the same square.
 
         Raises:
-            BadImageError: the image or the mask cannot be used, or they differ in size.
+            BadImageError: the image or the mask cannot be used, or they do not fit each other.
         """
-        image, _ = self.images.read(self.images.dataset[index])
-        mask = read_mask(self.masks[index][self.mask_column], self.images.max_pixels)
-        if mask.shape != (image.height, image.width):
-            raise BadImageError(
-                f"The mask has {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.width}x{image.height}."
-            )
+        row = self.images.dataset[index]
+        data = self.images.file_bytes(row)
+        image, _ = self.images.read(row | {self.images.image_column: {"bytes": data, "path": None}})
+        mask, turned = read_mask(self.masks[index][self.mask_column], self.images.max_pixels)
+        mask = as_shown(mask, image.size, 1 if turned else exif_orientation(Image.open(io.BytesIO(data))))
         box = centre_box(*image.size)
         nearest = Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST, box=box)
         return resize_crop(image, size, box), self.classes(np.asarray(nearest))
@@ -89,8 +97,40 @@ class LabelMapSource:
         return {"pixel_values": pixels, "classes": classes, "sample_ids": index}
 
 
-def read_mask(value, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """(H,W) int32 out of a row's mask: a picture's file with one number per pixel, or an array.
+def exif_orientation(picture: Image.Image) -> int:
+    """How a picture is turned before it is shown, 2 ... 8, or 1 where it is not."""
+    orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in TURNS else 1
+
+
+def as_shown(mask: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
+    """A mask as its image is shown, (H,W). It may have been drawn on the image as stored, before its EXIF orientation
+    is applied, or on what a viewer shows; which of the two, its size tells where it can.
+
+    Args:
+        size: (width, height) of the image as shown. orientation: of the image's file, 1 if the mask needs no turn.
+
+    Raises:
+        BadImageError: the mask fits neither, or both alike.
+    """
+    (height, width), shown = mask.shape, f"{size[0]}x{size[1]}"
+    stored = size[::-1] if orientation >= 5 else size
+    if (width, height) not in (size, stored):
+        also = "" if stored == size else f" (as stored {stored[0]}x{stored[1]})"
+        raise BadImageError(f"The mask has {width}x{height} pixels, its image {shown}{also}.")
+    if orientation == 1:
+        return mask
+    if stored == size:
+        raise BadImageError(
+            f"The image is turned by its EXIF orientation {orientation}, and its mask, which says nothing of the kind, "
+            f"may belong to it before or after: both have {shown} pixels. Store the image turned and without the tag."
+        )
+    return mask if (width, height) == size else TURNS[orientation](mask)
+
+
+def read_mask(value, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, bool]:
+    """(H,W) int32 out of a row's mask, a picture's file with one number per pixel or an array; and whether an EXIF
+    orientation of its own turned it.
 
     Raises:
         BadImageError: there is none, it cannot be read, is too large, or holds colours.
@@ -108,9 +148,10 @@ def read_mask(value, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         if picture.width * picture.height > max_pixels:
             raise BadImageError(f"The mask has too many pixels: {picture.width}x{picture.height}.")
         try:
-            return np.asarray(picture).astype(np.int32)
+            mask, orientation = np.asarray(picture).astype(np.int32), exif_orientation(picture)
         except Exception as error:
             raise BadImageError(f"The mask cannot be decoded: {error}") from error
+        return (mask, False) if orientation == 1 else (TURNS[orientation](mask), True)
     try:
         mask = np.asarray(value)
     except ValueError as error:
@@ -118,7 +159,7 @@ def read_mask(value, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     mask = mask.squeeze() if mask.ndim == 3 and 1 in (mask.shape[0], mask.shape[2]) else mask
     if mask.ndim != 2 or mask.dtype.kind not in "iub" or not mask.size:
         raise BadImageError(f"The mask is an array {mask.shape} of {mask.dtype}, not (height, width) of integers.")
-    return mask.astype(np.int32)
+    return mask.astype(np.int32), False
 
 
 def load_label_maps(

@@ -11,7 +11,7 @@ from ..recipes import Recipe, RecipeError, load_recipe
 ENCODERS_OWN = {f"features.{key}" for key in ("encoder", "library", "processor", "norm", "mean", "std")}
 SEEDS = {"seed", "floors_seed"}  # chance, not protocol
 # `datasets` makes its fingerprint of paths and times: the same images elsewhere have another.
-FILES = {"train.fingerprint", "test.fingerprint"}
+FILES = {f"{name}.fingerprint" for name in ("train", "test", "reference", "floors")}
 OWN_TIMESTEP = "the recipe's"
 
 

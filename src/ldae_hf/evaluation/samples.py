@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -152,10 +153,22 @@ class SampleStore:
                 )
 
     def begin(self) -> None:
-        """Makes the folder and says what it will hold."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / FACTS).exists():
-            write_text(self.folder / FACTS, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
+        """Makes the folder and says what it will hold; one that lacks nothing may be read-only.
+
+        Raises:
+            ValueError: samples are missing and cannot be written there.
+        """
+        if (self.folder / FACTS).exists() and all(self.file(shard).exists() for shard in range(self.num_shards)):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / FACTS).exists():
+                write_text(self.folder / FACTS, json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n")
+            with TemporaryFile(dir=self.folder):  # to try, hours before the first shard is written
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"Samples cannot be written to {self.folder}: {reason}; name another folder.") from error
 
     def write(self, shard: int, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Raises OSError: the disk is full, or something else is wrong with it."""
