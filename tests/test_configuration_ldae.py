@@ -188,6 +188,7 @@ CONTRADICTIONS = [
     ({"hidden_size": 1020}, "hidden_size=1020 must be a multiple of 4 (2-D positions) and of num_attention_heads=16."),
     ({"hidden_size": 18, "num_attention_heads": 2}, "hidden_size=18 must be a multiple of 4"),
     ({"mlp_ratio": 1e-4}, "mlp_ratio=0.0001 leaves no MLP at hidden_size=1024."),
+    ({"mlp_ratio": 1e-2, "decoder_hidden_size": 64}, "mlp_ratio=0.01 leaves no MLP at decoder_hidden_size=64."),
     ({"latent_dim": 769}, "latent_dim=769 exceeds the 768 values of a 16x16x3 patch."),
     ({"patch_size": 2}, "latent_dim=32 exceeds the 12 values of a 2x2x3 patch."),
     ({"feature_timestep": 1000}, "feature_timestep=1000 must lie in 0 ... 999 for noise_schedule='linear_sigma'."),

@@ -25,6 +25,7 @@ from ldae_hf.training import pretrain
 NARROW = dict(
     hidden_size=16, num_hidden_layers=1, decoder_num_hidden_layers=1, num_attention_heads=2, conditioning_hidden_size=8
 )
+NARROW_DECODER = dict(decoder_hidden_size=8, decoder_num_hidden_layers=4)  # where it has a width of its own
 RECIPES = [name for name in recipe_names() if not load_recipe(name).is_masked]  # the baseline: test_masking.py
 
 
@@ -33,7 +34,8 @@ def config_of(name: str) -> str:
     """The recipe's model at the cpu tier, narrow, as JSON: many recipes have the same."""
     config = load_recipe(name, "cpu").model_config()
     keys = {key: getattr(config, key) for key in LDAEConfig.__annotations__ if hasattr(config, key)}
-    return json.dumps(keys | NARROW, sort_keys=True)
+    narrow = NARROW if config.decoder_hidden_size is None else NARROW | NARROW_DECODER
+    return json.dumps(keys | narrow, sort_keys=True)
 
 
 def images(size: int) -> torch.Tensor:

@@ -640,6 +640,15 @@ def test_the_scope_says_for_what_timesteps_are_drawn(processor, pixel_values):
     assert model(larger).timesteps.shape == (3, 2 * N)
 
 
+def test_blocks_are_of_neighbouring_patches_in_images_of_any_shape(processor, pixel_values):
+    model = build(processor=processor, timestep_scope="block")
+    wide = torch.cat([pixel_values[..., :8, :], pixel_values[..., 8:, :]], dim=3)  # as many patches, 2x8
+    timesteps = model(wide).timesteps.reshape(3, 2, 4, 2).transpose(1, 2).flatten(2)  # (B, blocks, their tokens)
+    assert (timesteps == timesteps[..., :1]).all() and len(timesteps.unique()) > 3
+    with pytest.raises(ValueError, match="1x16 patches do not fall into 2x2 blocks; give the timesteps"):
+        model(torch.cat(wide.split(4, dim=2), dim=3))
+
+
 def test_what_the_scope_does_not_concern_is_as_before(pretraining, processor, pixel_values, noise, tmp_path):
     model = build(processor=processor, timestep_scope="token")
     model.save_pretrained(tmp_path)

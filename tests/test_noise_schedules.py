@@ -223,15 +223,24 @@ def test_the_drawn_timesteps_of_tokens_are_uniform_and_independent():
 def test_the_tokens_of_a_block_share_a_timestep_and_blocks_are_independent():
     torch.manual_seed(0)
     schedule = NoiseSchedule("linear_sigma", 5, timestep_block=2)
-    timesteps, _ = schedule.sample(torch.zeros(5_000, 16, 3))
+    timesteps, _ = schedule.sample(torch.zeros(5_000, 16, 3), grid=(4, 4))
     blocks = timesteps.reshape(-1, 2, 2, 2, 2).transpose(2, 3).reshape(-1, 4, 4)  # (B, blocks, their tokens)
     assert (blocks == blocks[..., :1]).all()
     pairs = torch.bincount(5 * blocks[:, 0, 0] + blocks[:, 3, 0], minlength=25) / 5_000
     torch.testing.assert_close(pairs, torch.full((25,), 0.04), rtol=0, atol=0.012)
-    for tokens in (torch.zeros(2, 9, 3), torch.zeros(2, 8, 3)):
-        with pytest.raises(ValueError, match="tokens are no square of 2x2 blocks; give the timesteps"):
-            schedule.sample(tokens)
-        assert schedule.sample(tokens, timesteps=1)[0].tolist() == [1, 1]
+
+
+def test_blocks_of_a_grid_that_is_no_square_are_of_its_rows_and_columns():
+    torch.manual_seed(0)
+    schedule = NoiseSchedule("linear_sigma", LEVELS, timestep_block=2)
+    timesteps, _ = schedule.sample(torch.zeros(2, 16, 3), grid=(2, 8))  # as many tokens as a square has
+    columns = timesteps.reshape(2, 2, 8).transpose(1, 2).reshape(2, 4, 4)  # (B, blocks, their tokens)
+    assert (columns == columns[..., :1]).all() and len(columns[..., 0].unique()) == 8
+    for grid in ((3, 3), (4, 5), None):
+        tokens = torch.zeros(2, 9 if grid is None else grid[0] * grid[1], 3)
+        with pytest.raises(ValueError, match="patches do not fall into 2x2 blocks; give the timesteps"):
+            schedule.sample(tokens, grid=grid)
+        assert schedule.sample(tokens, timesteps=1, grid=grid)[0].tolist() == [1, 1]
 
 
 def test_drawn_timesteps_are_uniform_over_all_levels_and_drawn_noise_is_standard_normal():

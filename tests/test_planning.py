@@ -155,8 +155,9 @@ def test_the_parameters_are_those_of_the_model_that_is_trained():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_decoder_of_another_width_is_estimated_to_five_percent(checkpointing):
-    config = LDAEConfig(**SIZES["desk_half_l_deep_narrow"], image_size=128)
+@pytest.mark.parametrize("keys", [SIZES["desk_half_l_deep_narrow"], SIZES["desk_half_l"] | {"num_global_tokens": 4}])
+def test_a_decoder_of_another_width_and_global_tokens_are_estimated_to_five_percent(keys, checkpointing):
+    config = LDAEConfig(**keys, image_size=128)
     expected = 4 * activation_bytes(config, "no", "sdpa", "cpu", checkpointing)
     if checkpointing:
         expected -= 4 * block_bytes(config, "no", "sdpa", "cpu")

@@ -146,7 +146,10 @@ def test_a_recipe_without_a_number_of_the_paper_is_a_control_or_says_where_the_p
         "mae_epochs_1600",
         "ddpm_schedule",
         "token_noise_levels",
+        "block_noise_levels",
         "interpolative_noise",
+        "deep_narrow_decoder",
+        "global_tokens",
         "k_768_noise_of_8",
         "random_projection_noise_of_32",
     }

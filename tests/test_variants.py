@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from forked_runs import Child, dataset_of, encoded
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldae_hf import LDAEBackbone, LDAEConfig, LDAEForPreTraining, LDAEImageProcessor, LDAEModel
 from ldae_hf.configuration_ldae import SIZES
@@ -10,8 +12,11 @@ from ldae_hf.evaluation.encoders.ldae import LDAEEncoder
 from ldae_hf.evaluation.whole_network import whole_network
 from ldae_hf.export import fold
 from ldae_hf.recipes import load_recipe
+from ldae_hf.repository import build_repository
+from ldae_hf.training import pretrain
 from ldae_hf.training.costs import forward_flops_per_image
 from ldae_hf.training.sampling import Corruption
+from ldae_hf.verify import FAILED, verify
 
 
 def test_a_samples_timesteps_are_shared_in_blocks_and_its_noise_is_that_of_every_scope():
@@ -40,6 +45,18 @@ def test_a_deep_narrow_decoder_has_the_flops_of_a_broad_one_and_the_same_encoder
             {name: value.shape for name, value in LDAEModel(config).state_dict().items()} for config in (narrow, broad)
         ]
     assert shapes[0] == shapes[1]
+
+
+def test_the_linear_layers_of_a_deep_narrow_decoder_are_counted_to_be_as_many_flops():
+    counted = []
+    for name in ("l_dae", "deep_narrow_decoder"):
+        config = load_recipe(name, "cpu").model_config()
+        decoder = LDAEForPreTraining(config).decoder
+        states, condition = (torch.zeros(2, tokens, config.hidden_size) for tokens in (config.num_patches, 1))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            decoder(states, condition)
+        counted.append(counter.get_flop_counts()["Global"][torch.ops.aten.addmm])
+    assert counted[1] == pytest.approx(counted[0], rel=0.01)
 
 
 def test_a_decoder_of_its_own_width_is_trained_saved_and_loaded(tmp_path):
@@ -135,3 +152,31 @@ def test_global_tokens_start_small_and_are_saved_and_loaded(tmp_path):
     assert weight.shape == (4, 128) and weight.std().item() == pytest.approx(0.02, rel=0.1)
     model.save_pretrained(tmp_path)
     assert torch.equal(LDAEForPreTraining.from_pretrained(tmp_path).ldae.global_tokens.weight, weight)
+
+
+def test_a_run_with_global_tokens_is_trained_verified_and_published_without_stock_models(tmp_path):
+    def run():
+        settings = {"model.image_size": 16, "model.patch_size": 4, "model.latent_dim": 7, "train.epochs": 1}
+        settings |= {"train.warmup_epochs": 0, "train.global_batch_size": 8}
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        images = dataset_of([encoded(number) for number in range(16)])
+        pretrain(
+            "global_tokens",
+            tier="cpu",
+            overrides=overrides,
+            dataset=images,
+            output_dir=tmp_path / "run",
+            num_workers=0,
+            mixed_precision="no",
+        )
+
+    Child(run).join()
+    published = build_repository(tmp_path / "run", tmp_path / "repository", repo_id="someone/encoder")
+    for folder in (tmp_path / "run", published):
+        found = verify(folder)
+        assert found and not [check for check in found if check.status == FAILED]
+    files = {path.name for path in published.iterdir()}
+    assert files.isdisjoint({"vit", "timm", "exports.json"}) and files >= {"layers_ldae.py", "pretraining"}
+    for folder, part in ((published, LDAEModel), (published / "pretraining", LDAEForPreTraining)):
+        loaded = part.from_pretrained(folder)
+        assert loaded.base_model.global_tokens.weight.shape == (4, 128)

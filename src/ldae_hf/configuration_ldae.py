@@ -348,8 +348,9 @@ class LDAEConfig(BackboneConfigMixin, PreTrainedConfig):
         head = self.hidden_size // self.num_attention_heads
         if self.decoder_width % head:
             raise ValueError(f"decoder_hidden_size={self.decoder_hidden_size} must be a multiple of a head's {head}.")
-        if self.intermediate_size < 1:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves no MLP at hidden_size={self.hidden_size}.")
+        for key, width in (("hidden_size", self.hidden_size), ("decoder_hidden_size", self.decoder_width)):
+            if int(width * self.mlp_ratio) < 1:
+                raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves no MLP at {key}={width}.")
         if self.patch_dim > LARGEST_PATCH_DIM:
             raise ValueError(
                 f"patch_size={self.patch_size} with num_channels={self.num_channels} makes patches of "

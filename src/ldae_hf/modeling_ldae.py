@@ -348,7 +348,7 @@ class LDAEForPreTraining(LDAEPreTrainedModel):
             raise ValueError("forward() needs pixel_values, or tokens in their place.")
         grid = self.ldae.grid_of(pixel_values) if tokens is None else self.square_grid(tokens)
         tokens = self.ldae.tokenizer.encode(pixel_values) if tokens is None else tokens  # (B, N, K)
-        timesteps, noise = self.ldae.schedule.sample(tokens, timesteps, noise)
+        timesteps, noise = self.ldae.schedule.sample(tokens, timesteps, noise, grid)
         noisy_tokens = self.ldae.schedule.add_noise(tokens, noise, timesteps)  # gamma_t z + sigma_t eps
         labels = self.ldae.label_embedding.drop(labels, dropped_labels)
         prediction = self.predict(noisy_tokens, timesteps, labels, grid)

@@ -3,8 +3,6 @@
 z_t = gamma_t · z_0 + sigma_t · noise (Eq. 1), t = 0 ... T-1. Torch only.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -161,29 +159,38 @@ class NoiseSchedule(nn.Module):
         return (timesteps if for_tokens else timesteps.reshape(-1)).to(device)
 
     def sample(
-        self, tokens: torch.Tensor, timesteps: int | torch.Tensor | None = None, noise: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        timesteps: int | torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps (B,) or (B,N), uniform, and noise (B,N,K), standard normal; what is given is not drawn."""
+        """Timesteps (B,) or (B,N), uniform, and noise (B,N,K), standard normal; what is given is not drawn.
+
+        Args:
+            tokens: (B,N,K). grid: their (rows, columns); default one row.
+        """
         if timesteps is None:
-            timesteps = self.draw(*tokens.shape[:2], tokens.device)
+            timesteps = self.draw(len(tokens), grid or (1, tokens.shape[1]), tokens.device)
         else:
             timesteps = self.as_timesteps(timesteps, tokens.device, *tokens.shape[:2])
             timesteps = timesteps.expand(tokens.shape[: timesteps.ndim])
         noise = torch.randn_like(tokens) if noise is None else noise.to(tokens)
         return timesteps, noise
 
-    def draw(self, batch_size: int, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """Uniform timesteps, (B,), or (B,N) of a square grid of tokens.
+    def draw(self, batch_size: int, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """Uniform timesteps, (B,), or (B,N) of a grid of N = rows · columns patches.
 
         Raises:
             ValueError: squares of patches share a timestep, and the grid is none of such squares.
         """
-        block, side = self.timestep_block, math.isqrt(num_tokens)
-        if block is None or block == 1:
-            return torch.randint(len(self), (batch_size, num_tokens)[: 1 if block is None else 2], device=device)
-        if side**2 != num_tokens or side % block:
-            raise ValueError(f"{num_tokens} tokens are no square of {block}x{block} blocks; give the timesteps.")
-        drawn = torch.randint(len(self), (batch_size, side // block, side // block), device=device)
+        block = self.timestep_block
+        if block is None:
+            return torch.randint(len(self), (batch_size,), device=device)
+        if any(side % block for side in grid):
+            rows, columns = grid
+            raise ValueError(f"{rows}x{columns} patches do not fall into {block}x{block} blocks; give the timesteps.")
+        drawn = torch.randint(len(self), (batch_size, *(side // block for side in grid)), device=device)
         return drawn.repeat_interleave(block, 1).repeat_interleave(block, 2).flatten(1)
 
     def levels(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
