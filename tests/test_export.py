@@ -11,7 +11,6 @@ import torch
 from transformers import IJepaForImageClassification, IJepaModel
 
 from ldae_hf import SIZES, LDAEConfig, LDAEForImageClassification, LDAEForPreTraining, LDAEModel
-from ldae_hf.configuration_ldae import CONVOLUTIONAL_TOKENIZERS
 from ldae_hf.export import export_program, fold, parity, to_transformers
 from ldae_hf.export.graphs import OPSET, write_onnx_file
 from ldae_hf.export.timm_vit import timm_arguments
@@ -25,7 +24,7 @@ FOLDABLE = [
     name
     for name in recipe_names()
     for recipe in [load_recipe(name, "cpu")]
-    if recipe.model["tokenizer"] not in CONVOLUTIONAL_TOKENIZERS and not recipe.is_masked
+    if not recipe.is_masked and recipe.model_config().is_plain_vit
 ]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 

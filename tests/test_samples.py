@@ -218,6 +218,23 @@ def test_a_full_disk_leaves_no_shard_behind(pipeline, whole, tmp_path):
     assert list(contents(tmp_path)) == ["samples.json"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_a_disk_that_fills_up_is_told_with_the_file_that_does_not_fit(pipeline, tmp_path):
+    samples = samples_of(pipeline, tmp_path)
+    (tmp_path / ".shard-00000.safetensors.writing").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*/shard-00000\.safetensors"):
+        next(iter(samples))
+    assert os.listdir(tmp_path) == ["samples.json"]
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_not_made_again(pipeline, tmp_path):
+    make(pipeline, tmp_path, count=4)
+    (tmp_path / "shard-00000.safetensors").unlink()
+    (tmp_path / "shard-00000.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory: .*/shard-00000\.safetensors"):
+        make(pipeline, tmp_path, count=4)
+
+
 @pytest.mark.parametrize(("size", "images"), [(32, 1000), (64, 1000), (128, 341), (256, 85), (4096, 1)])
 def test_a_shard_holds_16_mb_at_most_or_one_image(size, images, tmp_path, monkeypatch):
     monkeypatch.undo()

@@ -8,9 +8,14 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 
+def bar_intervals() -> dict[str, float]:
+    """tqdm's options for how often a bar writes: ten times a second on a terminal, else every 30 seconds."""
+    return {"mininterval": 0.1} if sys.stderr.isatty() else {"mininterval": 30, "maxinterval": 30}
+
+
 def progress_bar(*arguments, **options) -> tqdm:
     """[`tqdm`], which on anything but a terminal writes every 30 seconds."""
-    return tqdm(*arguments, **({"mininterval": 0.1 if sys.stderr.isatty() else 30} | options))
+    return tqdm(*arguments, **(bar_intervals() | options))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`ldae generate`, `ldae denoise`, `ldae pipeline`: images out of a model, and the model as diffusers' pipeline."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +55,7 @@ def generate(
         strip_picture,
     )
     from ldae_hf.evaluation.samples import SAMPLERS
+    from ldae_hf.progress import bar_intervals
 
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler!r} is not one of {', '.join(SAMPLERS)}.")
@@ -68,7 +68,7 @@ def generate(
     pipeline, facts, _ = load_generator(source, weights=weights, dtype=dtype)
     own = LDAEScheduler.for_model(pipeline.model.config)  # a pipeline may have been saved with another
     pipeline.scheduler = own if scheduler is None else own.to_stock(scheduler)
-    pipeline.set_progress_bar_config(desc="steps", mininterval=0.1 if sys.stderr.isatty() else 30)
+    pipeline.set_progress_bar_config(desc="steps", **bar_intervals())
     num_classes = pipeline.model.config.num_classes
     if no_class:
         class_labels = None

@@ -171,7 +171,7 @@ class SampleStore:
             raise ValueError(f"Samples cannot be written to {self.folder}: {reason}; name another folder.") from error
 
     def write(self, shard: int, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Raises OSError: the disk is full, or something else is wrong with it."""
+        """Raises OSError, which names the file: the disk is full, or something else is wrong with it."""
         file = self.file(shard)
         aside = file.with_name(f".{file.name}.writing")
         tensors = {"images": images.contiguous(), "labels": labels}
@@ -179,19 +179,21 @@ class SampleStore:
             aside.write_bytes(save(tensors, metadata={"sha256": self._digest(shard, images, labels)}))
             flush(aside)
             aside.replace(file)
-        except OSError:
+        except OSError as error:
             aside.unlink(missing_ok=True)
-            raise
+            raise OSError(error.errno, error.strerror, str(file)) from error  # of a full disk it names no file
 
     def read(self, shard: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The images and labels of a shard, None if it is not there or was made for a smaller count.
 
         Raises:
             DamagedError: it is not as it was written.
+            OSError: it is there and cannot be read.
         """
         file, wanted = self.file(shard), len(self.numbers(shard))
         if not file.exists():
             return None
+        file.open("rb").close()  # safetensors names no file, and says of a forbidden one that it is not there
         try:
             with safe_open(file, "pt") as tensors:
                 images, labels = tensors.get_tensor("images"), tensors.get_tensor("labels")

@@ -71,7 +71,8 @@ def activation_bytes(
 ) -> int:
     """Bytes that an image keeps for the backward pass, of all blocks, or with `checkpointing` their inputs and all of
     one; of the patch embedding, the head and the loss."""
-    tokens, (shown, answered) = config.num_patches + config.num_global_tokens, ends(config)
+    patches, (shown, answered) = config.num_patches, ends(config)
+    tokens = patches + config.num_global_tokens
     low, width = 2 if mixed_precision == "bf16" else 4, config.decoder_width
     stacks = ((config.num_hidden_layers, config.hidden_size), (config.decoder_num_hidden_layers, width))
     blocks = [block_bytes(config, mixed_precision, attention, device_type, of_block) for _, of_block in stacks]
@@ -80,9 +81,9 @@ def activation_bytes(
     else:
         kept = sum(count * block for (count, _), block in zip(stacks, blocks, strict=True))
     # Stream, norm, normalised, modulated; and the condition of the last norm.
-    head = tokens * (4 * width + 8 + low * 2 * width) + math.prod(config.timesteps_shape) * low * 6 * width
-    residues = 4 * tokens * (answered + (config.latent_dim if answered != config.latent_dim else 0))
-    return kept + low * tokens * shown + head + residues
+    head = patches * (4 * width + 8 + low * 2 * width) + math.prod(config.timesteps_shape) * low * 6 * width
+    residues = 4 * patches * (answered + (config.latent_dim if answered != config.latent_dim else 0))
+    return kept + low * patches * shown + head + residues
 
 
 def batch_bytes(config: LDAEConfig) -> int:
