@@ -64,7 +64,9 @@ def segment(
 
     A linear classifier for every patch, whose scores are resized to the label map (DINOv2's "linear" protocol, on fixed
     centre crops). The floors: the patch's pixels, its latents, the encoder untrained, and the most frequent class.
-    A mask is a picture of class numbers (one channel or a palette) or an array.
+    A mask is a picture of class numbers (one channel or a palette) or an array. Of an image with an EXIF orientation it
+    may belong to what is stored or to what is shown: its size tells, or an orientation of its own; where neither does,
+    as in a square or after half a turn, the row is left out.
 
     \b
     ldae segment runs/desk/encoder --dataset OWNER/voc --test-split validation
