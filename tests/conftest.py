@@ -52,6 +52,7 @@ FORKING = (
     "test_full_probe.py",
     "test_encoders.py",
     "test_variants.py",
+    "test_interrupts.py",
 )
 LONG = ("test_user_story.py", "test_reproduce_runs.py", "test_export_folders.py", "test_weights.py", "test_imports.py")
 

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import pytest
@@ -122,10 +123,17 @@ def as_nobody(work):
     return Child(run).join()
 
 
-def test_a_folder_that_lacks_samples_and_is_read_only_is_refused_before_they_are_made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
-    for parent in (folder, folder.parent, folder.parent.parent):  # pytest's are closed to others
-        parent.chmod(0o755)
+@pytest.fixture
+def open_folder():
+    """One that others may enter, as they may not pytest's."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_folder_that_lacks_samples_and_is_read_only_is_refused_before_they_are_made(open_folder):
+    folder = open_folder / "samples"
+    folder.mkdir()
     store = SampleStore(folder, {"model": "m"}, 16, 8)
     store.begin()
     folder.chmod(0o555)
